@@ -1,0 +1,64 @@
+"""Counter-based random numbers: Philox4x32-10 in integer arithmetic, the same bits on every device.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 3.3.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+# The last counter word keeps the uses of one seed apart.
+STREAM_NOISE, STREAM_TUBE, STREAM_RANDOM = 0, 1, 2
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words of 32 random bits per counter.
+
+    `counter`: four int64 tensors of one shape (or broadcastable) with values in [0, 2^32); `seed`: an integer, taken
+    modulo 2^64. Returns four int64 tensors with values in [0, 2^32).
+    """
+    a, b, c, d = counter
+    key0, key1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(_ROUNDS):
+        # A product of two 32-bit words wraps in int64 but keeps all 64 bits; the mask undoes the sign extension.
+        first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b, c, d = (
+            ((second >> 32) & _MASK) ^ b ^ key0,
+            second & _MASK,
+            ((first >> 32) & _MASK) ^ d ^ key1,
+            first & _MASK,
+        )
+        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
+    return a, b, c, d
+
+
+def random_words(
+    rows: int, n: int, *, seed: int, block: int, stream: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words per element of [rows, n], keyed by (element, row, block, stream) and `seed`."""
+    element = torch.arange(n, device=device)[None, :]
+    row = torch.arange(rows, device=device)[:, None]
+    element, row = torch.broadcast_tensors(element, row)
+    return philox((element, row, torch.full_like(row, block), torch.full_like(row, stream)), seed)
+
+
+def random_keys(rows: int, n: int, *, seed: int, stream: int, device: torch.device) -> Tensor:
+    """[rows, n] float32 holding uniform integers of 24 bits, exactly: keys for a random selection by `topk`."""
+    return (random_words(rows, n, seed=seed, block=0, stream=stream, device=device)[0] >> 8).float()
+
+
+def normals(rows: int, n: int, *, seed: int, block: int, device: torch.device) -> Tensor:
+    """[4, rows, n] float32 standard normals (Box-Muller): samples 4 * block to 4 * block + 3 of every element."""
+    words = random_words(rows, n, seed=seed, block=block, stream=STREAM_NOISE, device=device)
+    # 24 bits fill a float32 exactly; the logarithm's argument lies in (0, 1].
+    u0, u1, u2, u3 = ((word >> 8).float() for word in words)
+    radius0 = (-2 * ((u0 + 1) * 2.0**-24).log()).sqrt()
+    radius1 = (-2 * ((u2 + 1) * 2.0**-24).log()).sqrt()
+    angle0, angle1 = u1 * (2 * math.pi * 2.0**-24), u3 * (2 * math.pi * 2.0**-24)
+    return torch.stack((radius0 * angle0.cos(), radius0 * angle0.sin(), radius1 * angle1.cos(), radius1 * angle1.sin()))

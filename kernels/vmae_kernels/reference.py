@@ -1,0 +1,335 @@
+"""Every operation in a few lines of plain PyTorch: the definition, the CPU path and the oracle of the tests.
+
+The functions here take arguments that the public functions have already checked. Shapes: B batch, N tokens, K chosen
+tokens, D width, L levels. None of them synchronises with the host on CUDA, but for `attention_varlen`, which reads its
+sequence lengths.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .philox import normals
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _LOW_PRECISION else dtype
+
+
+def _vector(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.tensor(values), by fills: a copy from the host could not be captured in a CUDA graph."""
+    x = torch.empty(len(values), dtype=dtype, device=device)
+    for i, value in enumerate(values):
+        x[i].fill_(value)
+    return x
+
+
+# --- top-k ---------------------------------------------------------------------------------------------------------
+
+
+def ordered_keys(scores: Tensor) -> Tensor:
+    """Integers in the order of `scores`: NaN above infinity, -0.0 equal to 0.0."""
+    x = scores.to(_compute_dtype(scores.dtype)) + 0.0  # -0.0 + 0.0 is 0.0
+    integer = torch.int64 if x.dtype == torch.float64 else torch.int32
+    bits = x.view(integer)
+    largest = torch.iinfo(integer).max
+    return torch.where(x.isnan(), largest, torch.where(bits < 0, bits ^ largest, bits))
+
+
+def topk_mask(scores: Tensor, k: int) -> Tensor:
+    """Boolean mask of the k largest along the last dimension; ties go to the lowest index."""
+    n = scores.shape[-1]
+    if k == 0 or k == n:
+        return torch.full(scores.shape, k > 0, dtype=torch.bool, device=scores.device)
+    keys = ordered_keys(scores)
+    threshold = keys.kthvalue(n - k + 1, dim=-1, keepdim=True).values
+    above, equal = keys > threshold, keys == threshold
+    missing = k - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= missing))
+
+
+def topk_partition(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    n = scores.shape[-1]
+    mask = topk_mask(scores, k)
+    index = torch.arange(n, device=scores.device).expand(scores.shape)
+    rank = mask.cumsum(-1)
+    place = torch.where(mask, rank - 1, k + index - rank)  # selected first, then the rest, both ascending
+    order = torch.empty(scores.shape, dtype=torch.int64, device=scores.device).scatter_(-1, place, index)
+    return order[..., :k].clone(), order[..., k:].clone()
+
+
+def topk(scores: Tensor, k: int) -> Tensor:
+    return topk_partition(scores, k)[0]
+
+
+def _perturbed(scores: Tensor, sigma: float, samples: int, seed: int):
+    """The `samples` noise tensors and noisy scores, one at a time: memory O(N)."""
+    for block in range(-(-samples // 4)):
+        noise = normals(*scores.shape, seed=seed, block=block, device=scores.device).to(scores.dtype)
+        for z in noise[: samples - 4 * block]:
+            yield z, scores + sigma * z
+
+
+def soft_topk(scores: Tensor, k: int, sigma: float, samples: int, seed: int) -> Tensor:
+    rows = scores.reshape(-1, scores.shape[-1]).to(_compute_dtype(scores.dtype))
+    total = torch.zeros_like(rows)
+    for _, noisy in _perturbed(rows, sigma, samples, seed):
+        total += topk_mask(noisy, k)
+    return (total / samples).to(scores.dtype).reshape(scores.shape)
+
+
+def soft_topk_backward(grad: Tensor, scores: Tensor, k: int, sigma: float, samples: int, seed: int) -> Tensor:
+    rows = scores.reshape(-1, scores.shape[-1]).to(_compute_dtype(scores.dtype))
+    weight = grad.reshape(rows.shape).to(rows.dtype)
+    # The control variate: the product at zero noise has mean zero once multiplied by z, and most of the variance.
+    unperturbed = (weight * topk_mask(rows, k)).sum(-1, keepdim=True)
+    total = torch.zeros_like(rows)
+    for z, noisy in _perturbed(rows, sigma, samples, seed):
+        total += ((weight * topk_mask(noisy, k)).sum(-1, keepdim=True) - unperturbed) * z
+    return (total / (samples * sigma)).to(scores.dtype).reshape(scores.shape)
+
+
+# --- tokens --------------------------------------------------------------------------------------------------------
+
+
+def in_range(indices: Tensor, n: int) -> Tensor:
+    """int64 indices known to lie in [0, n): checked on CPU; clamped elsewhere, where a check would synchronise."""
+    indices = indices.to(torch.int64)
+    if not indices.is_cpu:
+        return indices.clamp(0, max(n - 1, 0))
+    if indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= n:
+            raise ValueError(f"indices: expected values in [0, {n}), got {low if low < 0 else high}")
+    return indices
+
+
+def _flat(indices: Tensor, n: int) -> Tensor:
+    """Indices [B, K] into the rows of [B, N, D], as indices [B * K] into the rows of [B * N, D]."""
+    offsets = torch.arange(indices.shape[0], device=indices.device) * n
+    return (in_range(indices, n) + offsets[:, None]).flatten()
+
+
+def gather_tokens(x: Tensor, indices: Tensor, unique: bool) -> Tensor:
+    b, n, d = x.shape
+    if b > 1 and x.stride(0) != n * x.stride(1):  # flattening would copy all of x, to read a part of it
+        return torch.stack([row.index_select(0, index) for row, index in zip(x, in_range(indices, n), strict=True)])
+    return x.flatten(0, 1).index_select(0, _flat(indices, n)).view(b, indices.shape[1], d)
+
+
+def gather_tokens_backward(grad: Tensor, indices: Tensor, n: int, unique: bool) -> Tensor:
+    b, k, d = grad.shape
+    rows, flat = grad.reshape(b * k, d), _flat(indices, n)
+    if unique:
+        return grad.new_zeros(b * n, d).index_copy_(0, flat, rows).view(b, n, d)
+    total = torch.zeros(b * n, d, dtype=_compute_dtype(grad.dtype), device=grad.device)
+    if grad.is_cpu:
+        total.index_add_(0, flat, rows.to(total.dtype))
+    else:  # index_add_ on CUDA adds in any order; this sorts first
+        total.index_put_((flat,), rows.to(total.dtype), accumulate=True)
+    return total.to(grad.dtype).view(b, n, d)
+
+
+def scatter_tokens(y: Tensor, indices: Tensor, n: int, fill: Tensor | None, value: float) -> Tensor:
+    b, k, d = y.shape
+    flat = _flat(indices, n)
+    if flat.is_cpu and torch.zeros(b * n, dtype=torch.bool).index_fill_(0, flat, True).sum() != b * k:
+        raise ValueError("indices: expected distinct values in each row, got a value twice")
+    x = y.new_full((b * n, d), value) if fill is None else fill.to(y.dtype).expand(b * n, d).contiguous()
+    return x.index_copy_(0, flat, y.reshape(b * k, d)).view(b, n, d)
+
+
+def decoder_tokens(
+    visible: Tensor, visible_indices: Tensor, selected_indices: Tensor, mask_token: Tensor, positions: Tensor
+) -> Tensor:
+    b, v, d = visible.shape
+    indices = torch.cat((visible_indices.to(torch.int64), selected_indices.to(torch.int64)), dim=1)
+    if positions.ndim == 2:
+        placed = positions.index_select(0, in_range(indices, positions.shape[0]).flatten())
+    else:
+        placed = gather_tokens(positions, indices, False)
+    placed = placed.view(b, -1, d)
+    out = torch.empty(placed.shape, dtype=visible.dtype, device=visible.device)
+    out[:, :v] = visible + placed[:, :v]  # in the wider dtype of the two, rounded once
+    out[:, v:] = mask_token + placed[:, v:]
+    return out
+
+
+def _tubelet_view(video: Tensor, size: Sequence[int]) -> Tensor:
+    """[B, C, T, H, W] as a view [B, T/t, H/h, W/w, t, h, w, C], whatever the memory layout."""
+    t, h, w = size
+    split = video.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, t))  # B C T/t t H/h h W/w w
+    return split.permute(0, 2, 4, 6, 3, 5, 7, 1)
+
+
+def _tubelet_place(indices: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gt, gh, gw = grid
+    indices = in_range(indices, gt * gh * gw)
+    batch = torch.arange(indices.shape[0], device=indices.device)[:, None]
+    return batch, indices // (gh * gw), indices // gw % gh, indices % gw
+
+
+def _affine(
+    mean: Sequence[float], std: Sequence[float], integer: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift per channel, so that the normalised value is x * scale + shift."""
+    unit = 255.0 if integer else 1.0
+    scale = [1 / (unit * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    return _vector(scale, dtype, device), _vector(shift, dtype, device)
+
+
+def tubelets(
+    video: Tensor, indices: Tensor, size: Sequence[int], mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    view = _tubelet_view(video, size)
+    chosen = view[_tubelet_place(indices, view.shape[1:4])]  # [B, K, t, h, w, C]
+    compute = _compute_dtype(dtype)
+    scale, shift = _affine(mean, std, not video.is_floating_point(), compute, video.device)
+    y = chosen.to(compute).flatten(-2)  # [B, K, t, h, w * C]: long rows keep the in-place passes fast
+    y.mul_(scale.repeat(size[2])).add_(shift.repeat(size[2]))
+    return y.flatten(2).to(dtype)
+
+
+def tubelets_backward(
+    grad: Tensor, indices: Tensor, shape: Sequence[int], size: Sequence[int], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    video = torch.zeros(*shape, dtype=_compute_dtype(dtype), device=grad.device)
+    view = _tubelet_view(video, size)
+    scale, _ = _affine([0.0] * len(std), std, False, video.dtype, grad.device)
+    patches = grad.unflatten(2, (*size, -1)).to(video.dtype) * scale
+    view.index_put_(_tubelet_place(indices, view.shape[1:4]), patches, accumulate=True)
+    return video.to(dtype)
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+def _kv_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """Rows `indices` [B, S] of x [B, H, N, d], gathered along x's own layout: heads inside tokens, or outside."""
+    b, h, _, d = x.shape
+    gather = torch.ops.vmae_kernels.gather_tokens
+    if x.stride(1) < x.stride(2):
+        return gather(x.transpose(1, 2).flatten(2), indices, True).unflatten(2, (h, d)).transpose(1, 2)
+    return gather(x.flatten(0, 1), indices.repeat_interleave(h, dim=0), True).unflatten(0, (b, h))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, kv_indices: Tensor | None) -> Tensor:
+    if kv_indices is not None:
+        k, v = _kv_rows(k, kv_indices), _kv_rows(v, kv_indices)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _sequences(total_q: int, total_k: int, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int):
+    """(query rows, key rows) of every sequence that has both."""
+    q, k = cu_q.tolist(), cu_k.tolist()
+    for name, starts, total, longest in (("q", q, total_q, max_q), ("k", k, total_k, max_k)):
+        lengths = [end - start for start, end in itertools.pairwise(starts)]
+        if starts[0] != 0 or starts[-1] != total or min(lengths, default=0) < 0:
+            raise ValueError(f"cu_seqlens_{name}: expected offsets ascending from 0 to {total}, got {starts}")
+        if max(lengths, default=0) > longest:
+            raise ValueError(f"max_{name}: expected at least the longest sequence, {max(lengths)}, got {longest}")
+    for i in range(len(q) - 1):
+        if q[i + 1] > q[i] and k[i + 1] > k[i]:
+            yield slice(q[i], q[i + 1]), slice(k[i], k[i + 1])
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)[None]  # [M, H, d] -> [1, H, M, d]
+
+
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float | None
+) -> Tensor:
+    o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    for rows, keys in _sequences(len(q), len(k), cu_q, cu_k, max_q, max_k):
+        parts = (_heads_first(q[rows]), _heads_first(k[keys]), _heads_first(v[keys]))
+        o[rows] = F.scaled_dot_product_attention(*parts, scale=scale)[0].transpose(0, 1)
+    return o
+
+
+def attention_varlen_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float | None,
+) -> tuple[Tensor, ...]:
+    grads = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    for rows, keys in _sequences(len(q), len(k), cu_q, cu_k, max_q, max_k):
+        with torch.enable_grad():  # recomputes one sequence at a time, so nothing is kept between the passes
+            parts = [x.detach().requires_grad_() for x in (q[rows], k[keys], v[keys])]
+            o = F.scaled_dot_product_attention(*map(_heads_first, parts), scale=scale)[0].transpose(0, 1)
+        for total, where, g in zip(grads, (rows, keys, keys), torch.autograd.grad(o, parts, grad[rows]), strict=True):
+            total[where] = g
+    return grads
+
+
+# --- convolution ---------------------------------------------------------------------------------------------------
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
+
+
+def past_frames(x: Tensor, cache: Tensor | None, frames: int) -> Tensor:
+    """The last `frames` frames of cache and x, as memory of its own; before the clip there are zeros."""
+    b, c, t, h, w = x.shape
+    past = torch.zeros((b, c, frames, h, w), dtype=x.dtype, device=x.device).contiguous(memory_format=memory_format(x))
+    taken = min(t, frames)
+    past[:, :, frames - taken :] = x[:, :, t - taken :]
+    if cache is not None:
+        past[:, :, : frames - taken] = cache[:, :, cache.shape[2] - (frames - taken) :]
+    return past
+
+
+def causal_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], cache: Tensor | None
+) -> Tensor:
+    layout = memory_format(x)
+    kt, kh, kw = weight.shape[2:]
+    frames = kt - stride[0]
+    if frames:  # only time is padded by a copy; the spatial padding folds into the convolution
+        if cache is None:
+            shape = (*x.shape[:2], frames, *x.shape[3:])
+            cache = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
+        x = torch.cat((cache, x), dim=2)
+    y = F.conv3d(x, weight, bias, stride=tuple(stride), padding=(0, kh // 2, kw // 2))
+    return y.contiguous(memory_format=layout)
+
+
+# --- finite scalar quantization ------------------------------------------------------------------------------------
+
+
+def _fsq_constants(levels: Sequence[int], z: Tensor) -> tuple[Tensor, ...]:
+    """Half range, offset, shift and half width per level, in z's compute dtype."""
+    half = [(level - 1) * (1 + 1e-3) / 2 for level in levels]
+    offset = [0.0 if level % 2 else 0.5 for level in levels]
+    shift = [math.atanh(o / h) for o, h in zip(offset, half, strict=True)]
+    width = [float(level // 2) for level in levels]
+    return tuple(_vector(values, _compute_dtype(z.dtype), z.device) for values in (half, offset, shift, width))
+
+
+def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
+    half, offset, shift, width = _fsq_constants(levels, z)
+    rounded = ((z.to(half.dtype) + shift).tanh() * half - offset).round()
+    digits = (rounded + width).nan_to_num(0.0).to(torch.int32)
+    radix = _vector([math.prod(levels[:i]) for i in range(len(levels))], torch.int32, z.device)
+    return (rounded / width).to(z.dtype), (digits * radix).sum(-1, dtype=torch.int32)
+
+
+def fsq_backward(grad: Tensor, z: Tensor, levels: Sequence[int]) -> Tensor:
+    half, _, shift, width = _fsq_constants(levels, z)
+    slope = (1 - (z.to(half.dtype) + shift).tanh().square()) * (half / width)
+    return (grad.to(half.dtype) * slope).to(z.dtype)

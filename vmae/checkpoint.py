@@ -1,0 +1,98 @@
+"""Files that are either whole or not there, and models as a folder of safetensors and json."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write to; it takes path's name if the block succeeds, else it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes files that nobody else can read
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+class Saved(PyTorchModelHubMixin):
+    """`save_pretrained`, `from_pretrained` and `push_to_hub` for a model built from `config`, a dataclass.
+
+    Weights are safetensors only: nothing is unpickled, wherever a file comes from.
+    """
+
+    config: Any
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save(self, save_directory)
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id, revision, cache_dir, force_download, local_files_only, token,
+        map_location="cpu", strict=True, **model_kwargs,
+    ):  # fmt: skip
+        model = cls(**model_kwargs)
+        if Path(model_id).is_dir():
+            file = str(Path(model_id) / WEIGHTS)
+        else:
+            file = hf_hub_download(
+                model_id, WEIGHTS, revision=revision, cache_dir=cache_dir, force_download=force_download, token=token,
+                local_files_only=local_files_only,
+            )  # fmt: skip
+        assert isinstance(model, nn.Module)
+        load_model(model, file, strict=strict, device=str(map_location))
+        return model.to(torch.device(map_location)).eval()
+
+
+def save(model: Any, directory: str | Path) -> None:
+    """Write a model's weights and configuration; a kill at any moment leaves the earlier ones or the new ones."""
+    directory = Path(directory)
+    with replacing(directory / WEIGHTS) as temporary:
+        save_model(model, str(temporary))
+    write_text(directory / CONFIG, json.dumps(asdict(model.config), indent=2) + "\n")
+
+
+T = TypeVar("T", bound=Saved)
+
+
+def load(cls: type[T], directory: str | Path, device: str | torch.device = "cpu") -> T:
+    """Read a model from a folder, for inference.
+
+    Raises:
+        ValueError: a file is missing or damaged, or belongs to another model; the message names the folder.
+    """
+    directory = Path(directory)
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory}: expected a saved {cls.__name__} with {name}, found no such file")
+    try:
+        return cls.from_pretrained(directory, map_location=str(device))
+    except (SafetensorError, json.JSONDecodeError, TypeError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{directory}: is no readable {cls.__name__}: {reason}") from error

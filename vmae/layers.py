@@ -1,0 +1,69 @@
+"""Layers of the tokenizer: causal in time, normalised per frame, and able to run on a clip in tiles."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vmae_kernels import causal_conv3d
+
+# What the convolutions carry from one time tile to the next.
+State = dict[nn.Module, Tensor]
+
+
+class CausalConv3d(nn.Module):
+    """`vmae_kernels.causal_conv3d` with its weight; with a state it continues where the last tile ended."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: Sequence[int], *, stride: Sequence[int] = (1, 1, 1)):
+        super().__init__()
+        self.stride = tuple(stride)
+        bound = 1 / math.sqrt(inputs * math.prod(kernel))
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, *kernel).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+        if state is None:
+            return causal_conv3d(x, self.weight, self.bias, stride=self.stride)
+        y, state[self] = causal_conv3d(
+            x, self.weight, self.bias, stride=self.stride, cache=state.get(self), return_cache=True
+        )
+        return y
+
+
+class FrameNorm(nn.GroupNorm):
+    """Group normalisation of each frame by itself, so that no statistic looks across time."""
+
+    def __init__(self, channels: int):
+        super().__init__(math.gcd(channels, 32) if channels > 32 else max(channels // 4, 1), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.transpose(1, 2)
+        return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.norm1, self.conv1 = FrameNorm(inputs), CausalConv3d(inputs, outputs, (3, 3, 3))
+        self.norm2, self.conv2 = FrameNorm(outputs), CausalConv3d(outputs, outputs, (3, 3, 3))
+        self.skip = CausalConv3d(inputs, outputs, (1, 1, 1)) if inputs != outputs else None
+
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)), state)
+        y = self.conv2(F.silu(self.norm2(y)), state)
+        return y + (x if self.skip is None else self.skip(x, state))
+
+
+class Upsample(nn.Module):
+    """A convolution whose channels are rearranged into `factor` times as many frames, rows and columns."""
+
+    def __init__(self, inputs: int, outputs: int, factor: Sequence[int]):
+        super().__init__()
+        self.factor = tuple(factor)
+        self.conv = CausalConv3d(inputs, outputs * math.prod(factor), (3, 3, 3))
+
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+        y = self.conv(x, state).unflatten(1, (-1, *self.factor))  # B C t h w T H W
+        y = y.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return y.contiguous(memory_format=torch.channels_last_3d)

@@ -1,0 +1,230 @@
+"""The masked autoencoder: an encoder over few visible tokens, a decoder over the important hidden ones."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from vmae_kernels import attention, decoder_tokens, gather_tokens, tubelets
+
+from vmae.checkpoint import Saved
+from vmae.masking import STRATEGIES, Strategy, check_ratio, decoder_budget, select, tube_mask
+from vmae.tokenizer import TUBELET, Tokens, check_video
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class VideoMAEConfig:
+    """Of a `VideoMAE`; the defaults are the `base` preset."""
+
+    frames: int = 128
+    size: int = 224
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    decoder_width: int = 384
+    decoder_depth: int = 4
+    decoder_heads: int = 6
+    mask_ratio: float = 0.9
+    """Share of places that the encoder does not see."""
+    budget: float = 0.15
+    """Share of all tokens that the decoder reconstructs."""
+    random: float = 0.05
+    """Share of all tokens that the adaptive strategy draws at random, within the budget."""
+    strategy: Strategy = "adaptive"
+    target: Literal["latent", "pixels"] = "latent"
+    latent_width: int = 6
+    """Numbers per latent of the tokenizer whose latents are the target."""
+
+    def __post_init__(self):
+        for name in ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads", "latent_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.frames < 1 or self.frames % TUBELET[0]:
+            raise ValueError(f"frames: expected a positive multiple of {TUBELET[0]}, got {self.frames}")
+        if self.size < 1 or self.size % TUBELET[1]:
+            raise ValueError(f"size: expected a positive multiple of {TUBELET[1]}, got {self.size}")
+        for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
+            if width % heads or width % 2:
+                raise ValueError(f"width: expected an even multiple of the number of heads, {heads}, got {width}")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        if self.target not in ("latent", "pixels"):
+            raise ValueError(f"target: expected latent or pixels, got {self.target!r}")
+        check_ratio("mask_ratio", self.mask_ratio)
+        decoder_budget(1, budget=self.budget, random=self.random)
+
+    @classmethod
+    def tiny(cls, **changes) -> "VideoMAEConfig":
+        """For demonstrations and tests on a CPU."""
+        tiny = {"width": 192, "depth": 6, "heads": 3, "decoder_width": 96, "decoder_depth": 2, "decoder_heads": 3}
+        return cls(**{**tiny, **changes})
+
+    @classmethod
+    def small(cls, **changes) -> "VideoMAEConfig":
+        small = {"width": 384, "heads": 6, "decoder_width": 192, "decoder_heads": 3}
+        return cls(**{**small, **changes})
+
+    @classmethod
+    def base(cls, **changes) -> "VideoMAEConfig":
+        return cls(**changes)
+
+    @classmethod
+    def large(cls, **changes) -> "VideoMAEConfig":
+        return cls(**{"width": 1024, "depth": 24, "heads": 16, "decoder_width": 512, "decoder_heads": 8, **changes})
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        return self.proj(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class Block(nn.Module):
+    """Transformer block, normalised before each part."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VideoMAE(nn.Module, Saved):
+    """Video masked autoencoder with an adaptive decoder mask.
+
+    Source: LVMAE (NeurIPS 2024), section 3; VideoMAE (NeurIPS 2022) for encoder, decoder, positions and pixel targets.
+    """
+
+    encoder_positions: Tensor
+    decoder_positions: Tensor
+
+    def __init__(self, config: VideoMAEConfig):
+        super().__init__()
+        self.config = config
+        pixels = 3 * math.prod(TUBELET)
+        self.patch_embed = nn.Linear(pixels, config.width)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.to_decoder = nn.Linear(config.width, config.decoder_width, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(config.decoder_width))
+        self.decoder_blocks = nn.ModuleList(
+            Block(config.decoder_width, config.decoder_heads) for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(config.decoder_width, eps=1e-6)
+        self.head = nn.Linear(config.decoder_width, config.latent_width if config.target == "latent" else pixels)
+        places = (config.size // TUBELET[1]) * (config.size // TUBELET[2])
+        self._set_positions(config.frames // TUBELET[0] * places)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, clip: Tensor, tokens: Tokens | None = None, *, seed: int | None = None) -> Tensor:
+        """One pretraining step's loss, a scalar: mean squared error over the tokens that the decoder reconstructs.
+
+        Args:
+            clip: [B, 3, T, H, W], uint8, or floating point in [0, 1]; any T, H, W of whole tubelets.
+            tokens: of the clip, by a frozen `AdaptiveTokenizer`; None where neither target nor strategy needs them.
+            seed: of the masks; None draws one from torch's default generator.
+
+        Raises:
+            ValueError: shapes do not match, or tokens are missing.
+        """
+        grid = check_video(clip)
+        config = self.config
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        self._check_tokens(tokens, clip.shape[0], grid)
+        mask = tube_mask(grid, clip.shape[0], mask_ratio=config.mask_ratio, seed=seed, device=clip.device)
+        selected = select(
+            config.strategy,
+            mask.hidden,
+            grid,
+            budget=config.budget,
+            random=config.random,
+            seed=seed,
+            scores=None if tokens is None else tokens.scores,
+        )
+        prediction = self.predict(clip, mask.visible, selected)
+        return F.mse_loss(prediction.float(), self._target(clip, tokens, selected))
+
+    def predict(self, clip: Tensor, visible: Tensor, selected: Tensor) -> Tensor:
+        """Reconstruct the tokens `selected` [B, K] from the tokens `visible` [B, V]: [B, K, target width]."""
+        encoded = self.to_decoder(self._encode(clip, visible))
+        x = decoder_tokens(encoded, visible, selected, self.mask_token, self.decoder_positions)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.head(self.decoder_norm(x[:, visible.shape[1] :]))
+
+    def encode(self, clip: Tensor) -> Tensor:
+        """The features of every token [B, N, D] of a clip (as `forward`'s); differentiable, nothing is masked."""
+        n = math.prod(check_video(clip))
+        return self._encode(clip, torch.arange(n, device=clip.device).expand(clip.shape[0], n))
+
+    def _encode(self, clip: Tensor, visible: Tensor) -> Tensor:
+        n = math.prod(check_video(clip))
+        if n != len(self.encoder_positions):
+            self._set_positions(n)
+        x = self.patch_embed(tubelets(clip, visible, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=self._input_dtype()))
+        positions = self.encoder_positions.expand(clip.shape[0], -1, -1)
+        x = x + gather_tokens(positions, visible, unique=True)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def _input_dtype(self) -> torch.dtype:
+        weight = self.patch_embed.weight
+        device = weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+    def _set_positions(self, n: int) -> None:
+        device = self.mask_token.device
+        for name, width in (("encoder_positions", self.config.width), ("decoder_positions", self.config.decoder_width)):
+            self.register_buffer(name, sine_cosine(n, width).to(device), persistent=False)
+
+    def _check_tokens(self, tokens: Tokens | None, batch: int, grid: tuple[int, int, int]) -> None:
+        config = self.config
+        if tokens is None:
+            if config.target == "latent" or config.strategy == "adaptive":
+                raise ValueError(
+                    f"tokens: expected the tokenizer's, for target {config.target!r} and strategy "
+                    f"{config.strategy!r}, got None"
+                )
+            return
+        if tuple(tokens.grid) != grid:
+            raise ValueError(f"tokens: expected the clip's grid, {grid}, got {tuple(tokens.grid)}")
+        wanted = (batch, math.prod(grid), config.latent_width)
+        if config.target == "latent" and tokens.latents.shape != wanted:
+            raise ValueError(f"tokens: expected latents of shape {list(wanted)}, got {list(tokens.latents.shape)}")
+
+    def _target(self, clip: Tensor, tokens: Tokens | None, selected: Tensor) -> Tensor:
+        """What the decoder is to predict for the tokens `selected`, float32 [B, K, target width]."""
+        if self.config.target == "latent":
+            assert tokens is not None  # checked before the forward pass
+            return gather_tokens(tokens.latents, selected, unique=True).float()
+        pixels = tubelets(clip, selected, mean=(0.0,) * 3, std=(1.0,) * 3).unflatten(2, (-1, 3))
+        # Each tubelet's channels to mean 0 and variance 1, as in VideoMAE.
+        return ((pixels - pixels.mean(-2, keepdim=True)) / (pixels.var(-2, keepdim=True).sqrt() + 1e-6)).flatten(2)
+
+
+def sine_cosine(n: int, width: int) -> Tensor:
+    """Fixed positions float32 [N, D]: sines at even places, cosines at odd ones (VideoMAE's one-dimensional table)."""
+    frequency = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency
+    return torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1).float()

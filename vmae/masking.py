@@ -1,0 +1,137 @@
+"""Which tokens the encoder sees and which ones the decoder reconstructs: index tensors, seeded, without a host sync.
+
+Token i of a grid (T, H, W) stands at latent frame i // (H * W); P = H * W is the number of places in a latent frame.
+Every index tensor is int64 and ascending in each row.
+"""
+
+import math
+from fractions import Fraction
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from vmae_kernels import gather_tokens, topk, topk_partition
+from vmae_kernels.philox import STREAM_RANDOM, STREAM_TUBE, random_keys
+
+Grid = tuple[int, int, int]
+Strategy = Literal["adaptive", "random", "uniform", "none"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+
+class TubeMask(NamedTuple):
+    """What the encoder sees and what it does not: [B, V] and [B, N - V], together every token once."""
+
+    visible: Tensor
+    hidden: Tensor
+
+
+def exact(ratio: float) -> Fraction:
+    """The decimal number that was written, so that 0.29 of 100 is 29 and not 28.999999999999996."""
+    return Fraction(repr(float(ratio)))
+
+
+def check_ratio(name: str, ratio: float) -> None:
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {ratio}")
+
+
+def visible_places(places: int, mask_ratio: float) -> int:
+    """How many of a latent frame's places the encoder sees: P - floor(mask_ratio * P)."""
+    check_ratio("mask_ratio", mask_ratio)
+    return places - math.floor(exact(mask_ratio) * places)
+
+
+def tube_mask(grid: Grid, batch: int, *, mask_ratio: float, seed: int, device: torch.device | str = "cpu") -> TubeMask:
+    """Random tube masking: the same random places are visible in every latent frame.
+
+    Source: Tong et al., "VideoMAE" (NeurIPS 2022), section 3.2.
+    """
+    frames, height, width = grid
+    places = height * width
+    count = visible_places(places, mask_ratio)
+    keys = random_keys(batch, places, seed=seed, stream=STREAM_TUBE, device=torch.device(device))
+    frame = torch.arange(frames, device=device)[None, :, None] * places
+    visible, hidden = (
+        (chosen[:, None, :] + frame).flatten(1) for chosen in topk_partition(keys, count)
+    )  # [B, 1, V / T] + [1, T, 1]
+    return TubeMask(visible, hidden)
+
+
+class Budget(NamedTuple):
+    """How many tokens the decoder reconstructs, and how many of them are drawn at random."""
+
+    total: int
+    random: int
+
+
+def decoder_budget(tokens: int, *, budget: float, random: float) -> Budget:
+    """K = floor(budget * N + 1/2), of which floor(random * N + 1/2) at random (LVMAE, section 3)."""
+    check_ratio("budget", budget)
+    check_ratio("random", random)
+    if random > budget:
+        raise ValueError(f"random: expected at most the budget, {budget}, got {random}")
+    total, drawn = (math.floor(exact(share) * tokens + Fraction(1, 2)) for share in (budget, random))
+    return Budget(total, drawn)
+
+
+def select(
+    strategy: Strategy,
+    hidden: Tensor,
+    grid: Grid,
+    *,
+    budget: float,
+    random: float = 0.0,
+    seed: int,
+    scores: Tensor | None = None,
+) -> Tensor:
+    """The tokens that the decoder reconstructs: K of the hidden ones, as `decoder_budget` counts them.
+
+    Args:
+        strategy: "adaptive" (the highest scores, and a share at random), "random", "uniform" (evenly spaced latent
+            frames, as few as hold K hidden tokens, thinned evenly to K) or "none" (all hidden tokens).
+        hidden: [B, N - V] of a `TubeMask`.
+        grid: (T, H, W) of the tokens.
+        budget, random: shares of all N tokens; `random` counts for "adaptive" alone.
+        seed: of what is drawn at random.
+        scores: [B, N] floating point, needed by "adaptive"; ties go to the earlier token.
+
+    Returns:
+        int64 [B, K], ascending, distinct, none of them visible; [B, N - V] for "none".
+
+    Raises:
+        ValueError: unknown strategy, scores missing or of a wrong shape, or fewer hidden tokens than K.
+
+    Source: LVMAE (NeurIPS 2024), section 3 and appendix; the baselines as compared there.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    n = math.prod(grid)
+    rows, count = hidden.shape
+    k, drawn = decoder_budget(n, budget=budget, random=random)
+    if strategy == "none":
+        return hidden
+    if k > count:
+        raise ValueError(f"budget: expected at most the {count} of {n} tokens that are hidden, got {budget} = {k}")
+    if strategy == "uniform":
+        return hidden[:, _uniform_places(grid[0], count // grid[0], k, hidden.device)]
+    keys = random_keys(rows, count, seed=seed, stream=STREAM_RANDOM, device=hidden.device)
+    if strategy == "adaptive":
+        if scores is None or scores.shape != (rows, n):
+            raise ValueError(
+                f"scores: expected shape {[rows, n]} for the adaptive strategy, "
+                f"got {None if scores is None else list(scores.shape)}"
+            )
+        ranked = gather_tokens(scores[..., None], hidden, unique=True)[..., 0]
+        # The highest scores outrank every random key, so that one selection takes both shares in index order.
+        keys = keys.scatter(1, topk(ranked, k - drawn), math.inf)
+    return hidden.gather(1, topk(keys, k))
+
+
+def _uniform_places(frames: int, per_frame: int, k: int, device: torch.device) -> Tensor:
+    """Places [K] in a row of hidden tokens that has `per_frame` of them in each latent frame."""
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    used = -(-k // per_frame)
+    frame = torch.arange(used, device=device) * frames // used
+    places = (frame[:, None] * per_frame + torch.arange(per_frame, device=device)).flatten()
+    return places[torch.arange(k, device=device) * len(places) // k]

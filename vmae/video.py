@@ -1,0 +1,350 @@
+"""Clips from video files: decoding, sampling in time, resizing, and datasets of them."""
+
+import csv
+import math
+import random
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+Start = Literal["center", "random"] | int
+
+
+class VideoError(ValueError):
+    """A video that cannot be used: one line that names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What a file's packets say: the presentation time of every frame, in seconds from the first, and in ticks."""
+
+    times: list[float]
+    ticks: list[int] | None  # None where the container stores no usable timestamps
+    duration: float
+
+
+def load_clip(
+    path: str | Path,
+    *,
+    frames: int,
+    size: int,
+    fps: float | None = None,
+    stride: int = 1,
+    start: Start = "center",
+    short: Literal["loop", "refuse"] = "loop",
+    seed: int | None = None,
+) -> Tensor:
+    """Decode a clip, with its short side resized to `size` and the long side cropped at the centre.
+
+    Args:
+        path: a video file that FFmpeg reads.
+        frames: T, the number of frames wanted.
+        size: H = W, in pixels.
+        fps: sample at this rate by the frames' timestamps, right for variable frame rates too; None samples by count.
+        stride: take every `stride`-th frame; 1 if `fps` is given.
+        start: "center", "random", or the number of the file's frame at which the clip starts.
+        short: what to do with a file that has fewer frames than asked: begin again at its start, or refuse it.
+        seed: of a random start; None draws a new one each time.
+
+    Returns:
+        uint8 [1, 3, T, H, W]: a channels-last view of the decoded frames.
+
+    Raises:
+        VideoError: the file is missing, empty, no video, truncated, damaged or (with `short="refuse"`) too short.
+        ValueError: an argument is out of range.
+    """
+    _check_sampling(frames, size, fps, stride, start, short)
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(f"{path}: expected a video file, found {'a directory' if path.is_dir() else 'no such file'}")
+    if path.stat().st_size == 0:
+        raise VideoError(f"{path}: the file is empty")
+    # FFmpeg is loaded when a file is opened, so that importing vmae needs no video library.
+    import av
+
+    try:
+        index = _read_index(path)
+        wanted = _wanted_frames(path, index, frames, fps, stride, start, short, seed)
+        clip, missing = _decode(path, index, wanted, size, seek=True)
+        if missing:  # a file whose seek points lie: once more, from its first frame
+            clip, missing = _decode(path, index, wanted, size, seek=False)
+    except av.FFmpegError as error:
+        raise VideoError(f"{path}: cannot be decoded ({error.strerror or type(error).__name__})") from error
+    if missing:
+        raise VideoError(
+            f"{path}: truncated or damaged: {missing} of the {len(set(wanted))} frames wanted cannot be decoded"
+        )
+    return torch.from_numpy(clip).permute(3, 0, 1, 2)[None]
+
+
+def _check_sampling(frames: int, size: int, fps: float | None, stride: int, start: Start, short: str) -> None:
+    for name, value in (("frames", frames), ("size", size), ("stride", stride)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps: expected a number above 0, got {fps}")
+    if fps is not None and stride != 1:
+        raise ValueError(f"stride: expected 1 where fps is given, got {stride}")
+    if start not in ("center", "random") and (isinstance(start, str) or start < 0):
+        raise ValueError(f"start: expected 'center', 'random' or a frame number from 0, got {start!r}")
+    if short not in ("loop", "refuse"):
+        raise ValueError(f"short: expected 'loop' or 'refuse', got {short!r}")
+
+
+def _open(path: Path) -> tuple[Any, Any]:
+    import av
+
+    container = av.open(str(path))
+    if not container.streams.video:
+        container.close()
+        raise VideoError(f"{path}: has no video stream")
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    if get_worker_info() is not None:  # the loader's workers are the parallelism
+        stream.codec_context.thread_count = 1
+    return container, stream
+
+
+def _read_index(path: Path) -> _Index:
+    """Read the file's packets, without decoding them."""
+    container, stream = _open(path)
+    with container:
+        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        promised, rate, tick = stream.frames, stream.average_rate, stream.time_base
+    if not packets:
+        raise VideoError(f"{path}: has no video frames")
+    if len(packets) < promised:
+        raise VideoError(f"{path}: truncated: its header promises {promised} frames, {len(packets)} are there")
+    ticks = sorted(p.pts for p in packets if p.pts is not None)
+    if len(set(ticks)) == len(packets) and tick:
+        times = [float((t - ticks[0]) * tick) for t in ticks]
+        last = next((float(p.duration * tick) for p in packets if p.pts == ticks[-1] and p.duration), 0.0)
+        last = last or (times[-1] / (len(times) - 1) if len(times) > 1 else 1.0)
+        return _Index(times, ticks, times[-1] + last)
+    step = 1 / float(rate or 25)
+    return _Index([i * step for i in range(len(packets))], None, len(packets) * step)
+
+
+def _wanted_frames(
+    path: Path,
+    index: _Index,
+    frames: int,
+    fps: float | None,
+    stride: int,
+    start: Start,
+    short: str,
+    seed: int | None,
+) -> list[int]:
+    """The file's frame numbers that make up the clip, in presentation order."""
+    total = len(index.times)
+    if isinstance(start, int) and start >= total:
+        raise VideoError(f"{path}: has {total} frames, the clip was to start at frame {start}")
+    # One formula for both ways to sample: in units of frames, or of seconds.
+    if fps is None:
+        step, span, length = stride, (frames - 1) * stride + 1, total
+        first = start if isinstance(start, int) else None
+    else:
+        step, span, length = 1 / fps, frames / fps, index.duration
+        first = index.times[start] if isinstance(start, int) else None
+    room = length - span
+    if short == "refuse" and room - (first or 0) < -1e-6:
+        unit = "frames" if fps is None else "seconds"
+        raise VideoError(f"{path}: too short: the clip needs {span + (first or 0):g} {unit}, the file has {length:g}")
+    if first is None:
+        fraction = 0.5 if start == "center" else random.Random(seed).random()
+        first = math.floor(fraction * (room + (start == "random"))) if fps is None else fraction * room
+        first = max(first, 0)
+    if fps is None:
+        return [int(first + i * step) % total for i in range(frames)]
+    # A frame is shown until the next one begins; the slack absorbs the rounding of timestamps.
+    moments = ((first + i * step) % index.duration for i in range(frames))
+    return [max(bisect_right(index.times, moment + 1e-6) - 1, 0) for moment in moments]
+
+
+def _decode(path: Path, index: _Index, wanted: list[int], size: int, *, seek: bool) -> tuple[np.ndarray, int]:
+    """The wanted frames [T, size, size, 3] uint8, and how many of them were not found."""
+    places: dict[int, list[int]] = {}
+    for place, number in enumerate(wanted):
+        places.setdefault(number, []).append(place)
+    number_of = {tick: i for i, tick in enumerate(index.ticks)} if index.ticks else None
+    clip = np.empty((len(wanted), size, size, 3), dtype=np.uint8)
+    container, stream = _open(path)
+    with container:
+        if seek and index.ticks and min(places) > 0:
+            container.seek(index.ticks[min(places)], stream=stream)
+        for count, frame in enumerate(container.decode(stream)):
+            number = number_of.get(frame.pts, -1) if number_of else count
+            if frame.is_corrupt or number not in places:
+                continue
+            pixels = _resize_and_crop(frame, size)
+            clip[places.pop(number)] = pixels
+            if not places:
+                break
+    return clip, len(places)
+
+
+def _resize_and_crop(frame: Any, size: int) -> np.ndarray:
+    scale = size / min(frame.width, frame.height)
+    width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
+    resized = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
+    top, left = (height - size) // 2, (width - size) // 2
+    return resized[top : top + size, left : left + size]
+
+
+# --- datasets ------------------------------------------------------------------------------------------------------
+
+
+def read_entries(source: str | Path) -> list[tuple[Path, int]]:
+    """The videos of a source, each with its label (-1 where there is none).
+
+    `source`: a folder (searched at any depth for VIDEO_SUFFIXES), a video file, a csv file whose header names a column
+    `path` (and perhaps `label`), or a list with `path label` or `path` on each line. Paths in a file are relative to it.
+    """
+    source = Path(source)
+    if source.is_dir():
+        entries = [(p, -1) for p in sorted(source.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()]
+    elif source.suffix.lower() in VIDEO_SUFFIXES:
+        entries = [(source, -1)]
+    elif source.is_file():
+        entries = _read_list(source)
+    else:
+        raise VideoError(f"{source}: expected a folder of videos, a video or a list of videos, found no such file")
+    if not entries:
+        raise VideoError(f"{source}: holds no videos")
+    return entries
+
+
+def _read_list(source: Path) -> list[tuple[Path, int]]:
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise VideoError(f"{source}: expected a text file that lists videos") from error
+    header = next(csv.reader(lines[:1]), [])
+    rows: list[tuple[int, str, str]] = []
+    if "path" in header:
+        for number, row in enumerate(csv.DictReader(lines), 2):
+            rows.append((number, row["path"] or "", row.get("label") or "-1"))
+    else:
+        for number, line in enumerate(lines, 1):
+            name, _, label = line.strip().rpartition(" ")
+            if line.strip():  # a last word that is no number belongs to the path
+                rows.append((number, name, label) if name and _is_integer(label) else (number, line.strip(), "-1"))
+    for number, name, label in rows:
+        if not name or not _is_integer(label):
+            raise VideoError(f"{source}:{number}: expected a path and an integer label, got {name!r} and {label!r}")
+    return [(source.parent / name, int(label)) for _, name, label in rows]
+
+
+def _is_integer(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
+class ClipDataset(Dataset):
+    """The clips of a folder or list of videos (see `read_entries`), sampled as by `load_clip`.
+
+    `dataset[i]` is (clip uint8 [3, T, H, W], label), the same for the same seed in any process. A video that cannot be
+    used raises `VideoError`; `batches` skips it instead.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        frames: int,
+        size: int,
+        fps: float | None = None,
+        stride: int = 1,
+        start: Start = "random",
+        short: Literal["loop", "refuse"] = "loop",
+        seed: int = 0,
+    ):
+        _check_sampling(frames, size, fps, stride, start, short)
+        self.entries = read_entries(source)
+        self.seed = seed
+        self.sampling: dict[str, Any] = dict(
+            frames=frames, size=size, fps=fps, stride=stride, start=start, short=short
+        )
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.load(index, epoch=0)
+
+    def load(self, index: int, epoch: int) -> tuple[Tensor, int]:
+        """Entry `index`, with a random start that differs from epoch to epoch."""
+        path, label = self.entries[index]
+        seed = random.Random(f"{self.seed}/{epoch}/{index}").getrandbits(32)
+        return load_clip(path, seed=seed, **self.sampling)[0], label
+
+
+class _Attempts(Dataset):
+    """Clips by (epoch, index); an unusable video is returned as the text of its error."""
+
+    def __init__(self, dataset: ClipDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
+        epoch, index = key
+        try:
+            return self.dataset.load(index, epoch)
+        except VideoError as error:
+            return str(error)
+
+
+class _Shuffled:
+    """Endless (epoch, index) pairs, each epoch in an order of its own."""
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed = length, seed
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = 0
+        while True:
+            order = list(range(self.length))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            yield from ((epoch, i) for i in order)
+            epoch += 1
+
+
+def batches(
+    dataset: ClipDataset, batch_size: int, *, workers: int = 0, seed: int = 0, skipped: list[str] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches (clips uint8 [B, 3, T, H, W] in channels_last_3d, labels int64 [B]), the same for the same seed.
+
+    A video that cannot be used is left out and the text of its error appended to `skipped`. If a whole epoch's worth
+    of videos in a row cannot be used, `VideoError` says so.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    loader = DataLoader(
+        _Attempts(dataset), batch_size=None, sampler=_Shuffled(len(dataset), seed), num_workers=workers,
+        prefetch_factor=2 if workers else None,
+    )  # fmt: skip
+    batch: list[tuple[Tensor, int]] = []
+    failures = 0
+    for item in loader:
+        if isinstance(item, str):
+            failures += 1
+            if skipped is not None:
+                skipped.append(item)
+            if failures >= len(dataset):
+                raise VideoError(f"none of the last {failures} videos could be used; the last one: {item}")
+            continue
+        failures = 0
+        batch.append(item)
+        if len(batch) == batch_size:
+            clips, labels = zip(*batch, strict=True)
+            # Stacked as frames, so that the batch keeps the decoder's channels-last layout.
+            yield torch.stack([c.permute(1, 2, 3, 0) for c in clips]).permute(0, 4, 1, 2, 3), torch.tensor(labels)
+            batch = []
