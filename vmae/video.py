@@ -85,6 +85,11 @@ def load_clip(
     return torch.from_numpy(clip).permute(3, 0, 1, 2)[None]
 
 
+def frame_count(path: str | Path) -> int:
+    """How many frames a video file holds, by its packets."""
+    return len(_read_index(Path(path)).times)
+
+
 def _check_sampling(frames: int, size: int, fps: float | None, stride: int, start: Start, short: str) -> None:
     for name, value in (("frames", frames), ("size", size), ("stride", stride)):
         if isinstance(value, bool) or not isinstance(value, int):

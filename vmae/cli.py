@@ -1,0 +1,121 @@
+"""The command `vmae`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from vmae import checkpoint, doctor
+from vmae.demo import demo, section
+from vmae.features import encode_video
+from vmae.mae import VideoMAE
+from vmae.report import Masking, page
+from vmae.tokenizer import AdaptiveTokenizer
+from vmae.training import PretrainRun, TokenizerRun, device_of, pretrain, train_tokenizer
+
+Video = tyro.conf.Positional[Path]
+
+
+def tokenizer(run: tyro.conf.OmitArgPrefixes[TokenizerRun]) -> None:
+    """Train an adaptive tokenizer."""
+    print(f"The tokenizer is in {train_tokenizer(run)}")
+
+
+def pretrain_(run: tyro.conf.OmitArgPrefixes[PretrainRun]) -> None:
+    """Pretrain a masked autoencoder."""
+    print(f"The model is in {pretrain(run)}")
+
+
+def encode(
+    video: Video,
+    model: Path,
+    out: Path,
+    frames: int | None = None,
+    size: int | None = None,
+    stride: int = 1,
+    fps: float | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["bf16", "fp32"] = "bf16",
+) -> None:
+    """Write a video's features [N, D] to a safetensors file.
+
+    Args:
+        video: the video file.
+        model: folder of a pretrained model.
+        out: file to write.
+        frames: frames of the clip, from the middle of the video; the model's own number if not given.
+        size: rows and columns; the model's own if not given.
+        stride: take every n-th frame.
+        fps: sample by time at this rate instead.
+        device: where to compute.
+        precision: of the computation; the file holds float32.
+    """
+    loaded = checkpoint.load(VideoMAE, model)
+    sampling = {"stride": stride, "fps": fps}
+    shape = encode_video(video, loaded, out, frames=frames, size=size, device=device, precision=precision, **sampling)
+    print(f"features {list(shape)} in {out}")
+
+
+def show(
+    video: Video,
+    tokenizer: Path,
+    out: Path,
+    masking: tyro.conf.OmitArgPrefixes[Masking],
+    frames: int = 128,
+    size: int = 224,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Write a page that shows a video's scores and what each strategy selects.
+
+    Args:
+        video: the video file.
+        tokenizer: folder of a trained tokenizer.
+        out: HTML file to write.
+        masking: how tokens are masked.
+        frames: frames of the clip, from the middle of the video.
+        size: rows and columns.
+        device: where to compute.
+    """
+    loaded = checkpoint.load(AdaptiveTokenizer, tokenizer, device_of(device))
+    page([section(video, loaded, video.name, frames, size)], masking, out)
+    print(f"page in {out}")
+
+
+def doctor_(json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False) -> None:
+    """Tell what this machine offers, and what will run on it.
+
+    Args:
+        json_: print json.
+    """
+    facts = doctor.report()
+    print(json.dumps(facts, indent=2) if json_ else doctor.show(facts))
+
+
+COMMANDS = {
+    "doctor": doctor_,
+    "demo": demo,
+    "tokenizer": tokenizer,
+    "pretrain": pretrain_,
+    "encode": encode,
+    "show": show,
+}
+
+
+def main() -> None:
+    """Run the command; a mistake in what was asked ends with one line and exit status 1."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="vmae", description="Long-context video masked autoencoders."
+        )
+    except (ValueError, OSError) as error:  # also VideoError and TrainingError
+        print(f"vmae: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nvmae: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
