@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -93,7 +94,7 @@ def doctor_(json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCre
     print(json.dumps(facts, indent=2) if json_ else doctor.show(facts))
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor_,
     "demo": demo,
     "tokenizer": tokenizer,

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vmae import checkpoint
-from vmae.masking import STRATEGIES, TubeMask, select, tube_mask
+from vmae.masking import STRATEGIES, Strategy, TubeMask, select, tube_mask
 from vmae.tokenizer import TUBELET, Tokens
 
 LATENT_FRAMES_SHOWN = 8
@@ -81,7 +81,7 @@ def motion(clip: Tensor) -> np.ndarray:
     return change
 
 
-def selections(tokens: Tokens, masking: Masking) -> tuple[TubeMask, dict[str, Tensor]]:
+def selections(tokens: Tokens, masking: Masking) -> tuple[TubeMask, dict[Strategy, Tensor]]:
     """The tube mask and the tokens [K] that each strategy selects, for one clip."""
     mask = tube_mask(tokens.grid, 1, mask_ratio=masking.mask_ratio, seed=masking.seed)
     chosen = {
@@ -190,14 +190,16 @@ def _timeline(scores: np.ndarray, selected: np.ndarray, grid: tuple[int, int, in
         for a, c in zip(x, count, strict=True)
     )
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    return f'<svg viewBox="0 0 600 80" role="img" aria-label="scores over time">{bars}<polyline points="{points}"/></svg>'
+    line = f'<polyline points="{points}"/>'
+    attributes = 'viewBox="0 0 600 80" preserveAspectRatio="none" role="img" aria-label="scores over time"'
+    return f"<svg {attributes}>{bars}{line}</svg>"
 
 
 _SECTION = """<section>
 <h2>{title}</h2>
 <p>{facts}. {note}</p>
-<figure>{timeline}<figcaption>Left to right through the clip: the line is the mean score of each latent frame, the bars
-are how many of its tokens the adaptive strategy selects.</figcaption></figure>
+<figure>{timeline}<figcaption>Left to right through the clip: the line is the mean score of each latent frame, the
+bars are how many of its tokens the adaptive strategy selects.</figcaption></figure>
 <div class="scroll"><table>
 <thead><tr><th></th>{heads}</tr></thead>
 <tbody>
@@ -212,7 +214,8 @@ _PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>vmae: {title}</title>
 <style>
-:root {{ color-scheme: light dark; --ink: #1b1b1f; --paper: #fff; --soft: #6a6a75; --line: #d9d9e0; --accent: #3a6fd8; }}
+:root {{ color-scheme: light dark; --ink: #1b1b1f; --paper: #fff; --soft: #6a6a75; --line: #d9d9e0;
+  --accent: #3a6fd8; }}
 @media (prefers-color-scheme: dark) {{
   :root {{ --ink: #ececf1; --paper: #131316; --soft: #9a9aa6; --line: #33333b; --accent: #7aa5ff; }}
 }}
@@ -229,15 +232,17 @@ table {{ border-collapse: collapse; width: 100%; min-width: 900px; }}
 th {{ text-align: left; padding: .3rem; vertical-align: bottom; }} th small {{ display: block; }}
 tbody th {{ color: var(--soft); font-weight: normal; text-align: right; vertical-align: middle; }}
 td {{ padding: 2px; width: 16.5%; }} td img {{ width: 100%; display: block; border-radius: 3px; }}
-.key {{ display: inline-block; width: .9em; height: .9em; border-radius: 2px; vertical-align: -.1em; }}
+.key {{ display: inline-block; width: .9em; height: .9em; border-radius: 2px; vertical-align: -.1em;
+  background: #4080ff; }}
 </style>
 </head>
 <body>
 <h1>Which tokens does the decoder reconstruct?</h1>
-<p>The encoder of a masked autoencoder sees few tokens (here all but {mask} of the places, <span class="key"
-style="background:#4080ff"></span> blue). The decoder reconstructs some of the others: bright tokens are selected, dark ones
-are skipped. Each strategy but none has the same budget, {budget} of all tokens. The score is how much a place changes from
-one latent frame to the next, in the tokenizer's learned features (bright is high).</p>
+<p>The encoder of a masked autoencoder sees few tokens: {mask} of the places are hidden from it, the others are
+<span class="key"></span> blue. The decoder reconstructs some of the hidden ones: bright tokens are selected, dark ones
+are skipped. The strategy “none” reconstructs them all; the others have the same budget, {budget} of all tokens. A
+token's score is how much its place changes from one latent frame to the next, in the tokenizer's learned features
+(bright is high). The share of motion is that of the change in brightness, summed over all hidden tokens.</p>
 {body}
 </body>
 </html>

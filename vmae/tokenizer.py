@@ -53,9 +53,11 @@ class TokenizerConfig:
                 f"stem and multipliers: expected stem * 2 ** stages = {TUBELET[1]}, "
                 f"got {self.stem} * 2 ** {len(self.multipliers)}"
             )
-        for name in ("width", "blocks", "scorer_width", "samples", *(("multipliers",) if self.multipliers else ())):
-            if (value := getattr(self, name)) and min(value if isinstance(value, tuple) else (value,)) < 1 or not value:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        for name in ("width", "blocks", "scorer_width", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if min(self.multipliers, default=0) < 1:
+            raise ValueError(f"multipliers: expected one number of at least 1 per stage, got {self.multipliers}")
         if self.tile < 4 or self.tile % 2:
             raise ValueError(f"tile: expected an even number of at least 4 frames, got {self.tile}")
         if self.selection not in ("perturbed", "straight_through"):

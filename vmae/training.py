@@ -44,7 +44,6 @@ class Clips:
     """Processes that decode."""
 
 
-
 @dataclass(frozen=True)
 class Optimisation:
     """AdamW with linear warm-up and cosine decay."""
@@ -90,9 +89,7 @@ class TokenizerRun:
     selection: Literal["perturbed", "straight_through"] = "perturbed"
     """How gradients pass the top-k to the scores."""
     clips: Clips = field(default_factory=lambda: Clips(frames=16, size=128))
-    optimisation: Optimisation = field(
-        default_factory=lambda: Optimisation(lr=1e-4, beta2=0.99, weight_decay=0.0)
-    )
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=1e-4, beta2=0.99, weight_decay=0.0))
     overwrite: bool = False
     """Replace a run that `out` already holds."""
 

@@ -154,25 +154,26 @@ def _wanted_frames(
     total = len(index.times)
     if isinstance(start, int) and start >= total:
         raise VideoError(f"{path}: has {total} frames, the clip was to start at frame {start}")
-    # One formula for both ways to sample: in units of frames, or of seconds.
+    # One rule for both ways to sample, in frames or in seconds.
+    step: float
     if fps is None:
-        step, span, length = stride, (frames - 1) * stride + 1, total
-        first = start if isinstance(start, int) else None
+        unit, length, step, span = "frames", float(total), stride, (frames - 1) * stride + 1.0
     else:
-        step, span, length = 1 / fps, frames / fps, index.duration
-        first = index.times[start] if isinstance(start, int) else None
-    room = length - span
-    if short == "refuse" and room - (first or 0) < -1e-6:
-        unit = "frames" if fps is None else "seconds"
-        raise VideoError(f"{path}: too short: the clip needs {span + (first or 0):g} {unit}, the file has {length:g}")
-    if first is None:
-        fraction = 0.5 if start == "center" else random.Random(seed).random()
-        first = math.floor(fraction * (room + (start == "random"))) if fps is None else fraction * room
-        first = max(first, 0)
+        unit, length, step, span = "seconds", index.duration, 1 / fps, frames / fps
+    begin = 0.0
+    if isinstance(start, int):
+        begin = start if fps is None else index.times[start]
+    if short == "refuse" and begin + span > length + 1e-6:
+        raise VideoError(f"{path}: too short: the clip needs {begin + span:g} {unit}, the file has {length:g}")
+    room = max(length - span, 0.0)
+    if start == "center":
+        begin = room / 2
+    elif start == "random":
+        begin = random.Random(seed).random() * (room + 1 if fps is None else room)
     if fps is None:
-        return [int(first + i * step) % total for i in range(frames)]
+        return [(int(begin) + i * stride) % total for i in range(frames)]
     # A frame is shown until the next one begins; the slack absorbs the rounding of timestamps.
-    moments = ((first + i * step) % index.duration for i in range(frames))
+    moments = ((begin + i * step) % index.duration for i in range(frames))
     return [max(bisect_right(index.times, moment + 1e-6) - 1, 0) for moment in moments]
 
 
@@ -213,7 +214,8 @@ def read_entries(source: str | Path) -> list[tuple[Path, int]]:
     """The videos of a source, each with its label (-1 where there is none).
 
     `source`: a folder (searched at any depth for VIDEO_SUFFIXES), a video file, a csv file whose header names a column
-    `path` (and perhaps `label`), or a list with `path label` or `path` on each line. Paths in a file are relative to it.
+    `path` (and perhaps `label`), or a list with `path label` or `path` on each line. Paths in a list or csv file are
+    relative to it.
     """
     source = Path(source)
     if source.is_dir():
@@ -276,9 +278,14 @@ class ClipDataset(Dataset):
         _check_sampling(frames, size, fps, stride, start, short)
         self.entries = read_entries(source)
         self.seed = seed
-        self.sampling: dict[str, Any] = dict(
-            frames=frames, size=size, fps=fps, stride=stride, start=start, short=short
-        )
+        self.sampling: dict[str, Any] = {
+            "frames": frames,
+            "size": size,
+            "fps": fps,
+            "stride": stride,
+            "start": start,
+            "short": short,
+        }
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -125,7 +125,7 @@ def attention_varlen(
 
     Under autocast: casts as scaled_dot_product_attention does.
     """
-    total_q, h, d = sizes("q", q, "total_q H d")
+    _, h, d = sizes("q", q, "total_q H d")
     total_k, _, _ = sizes("k", k, "total_k H d", H=h, d=d)
     sizes("v", v, "total_k H d", total_k=total_k, H=h, d=d)
     _check_values(q, k, v)

@@ -269,7 +269,8 @@ def attention_varlen_backward(
     for rows, keys in _sequences(len(q), len(k), cu_q, cu_k, max_q, max_k):
         with torch.enable_grad():  # recomputes one sequence at a time, so nothing is kept between the passes
             parts = [x.detach().requires_grad_() for x in (q[rows], k[keys], v[keys])]
-            o = F.scaled_dot_product_attention(*map(_heads_first, parts), scale=scale)[0].transpose(0, 1)
+            heads = [_heads_first(x) for x in parts]
+            o = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], scale=scale)[0].transpose(0, 1)
         for total, where, g in zip(grads, (rows, keys, keys), torch.autograd.grad(o, parts, grad[rows]), strict=True):
             total[where] = g
     return grads

@@ -31,11 +31,13 @@ def _backward(ctx, grad: Tensor):
 
 _SETTINGS = "Tensor scores, SymInt k, float sigma, SymInt samples, SymInt seed"
 register(
-    f"soft_topk({_SETTINGS}) -> Tensor", reference.soft_topk, fake=_fake, backward=_backward, setup_context=_setup_context
+    f"soft_topk({_SETTINGS}) -> Tensor",
+    reference.soft_topk,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
 )
-register(
-    f"soft_topk_backward(Tensor grad, {_SETTINGS}) -> Tensor", reference.soft_topk_backward, fake=_fake_backward
-)
+register(f"soft_topk_backward(Tensor grad, {_SETTINGS}) -> Tensor", reference.soft_topk_backward, fake=_fake_backward)
 
 
 def soft_topk(scores: Tensor, k: int, *, sigma: float, samples: int, seed: int) -> Tensor:

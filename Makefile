@@ -1,0 +1,34 @@
+# Everything runs in .venv, which is set up on first use and again when the dependencies change.
+PYTHON ?= python3
+READY := .venv/.ready
+RUN := .venv/bin/
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vmae needs Python 3.11 or newer, found " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(RUN)python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(RUN)python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(READY)
+	$(RUN)vmae demo
+
+test: $(READY)
+	$(RUN)python -m pytest
+
+lint: $(READY)
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)mypy
+
+# The one benchmark so far: a pretraining step beside Hugging Face's VideoMAE (some minutes).
+bench: $(READY)
+	$(RUN)python -m pip install --quiet --disable-pip-version-check 'transformers==5.23.0'
+	$(RUN)python benchmarks/pretraining_step.py
+
+clean:
+	rm -rf .venv build dist *.egg-info
