@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="processes per contestant")
     parser.add_argument("--steps", type=int, default=3, help="timed steps per process, after one that is not timed")
     parser.add_argument("--contestants", nargs="+", default=["vmae-bf16", "huggingface-fp32"], choices=list(STEPS))
-    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/pretraining-step-DATE.json)")
+    parser.add_argument(
+        "--out", type=Path, help="results file (default: benchmarks/results/pretraining-step-DATE.json)"
+    )
     parser.add_argument("--measure", choices=list(STEPS), help=argparse.SUPPRESS)  # in a child process
     args = parser.parse_args()
     if args.measure:
@@ -160,7 +162,9 @@ STEPS: dict[str, Callable[[int], Callable[[], float]]] = {
 
 def machine() -> dict:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    cpu = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("transformers", "vmae"):
         from importlib.metadata import PackageNotFoundError, version

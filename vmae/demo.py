@@ -41,8 +41,10 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
     """
     begin = time.perf_counter()
     clips = demo_clips()
-    shutil.rmtree(out, ignore_errors=True)
     videos = out / "videos.txt"
+    if out.exists() and any(out.iterdir()) and not videos.exists():
+        raise ValueError(f"{out}: holds files that are no demo's; choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
     checkpoint.write_text(videos, "".join(f"{path.resolve()} {i}\n" for i, path in enumerate(clips.values())))
 
     print(f"1/4  Training a tiny tokenizer, {tokenizer_steps} steps on clips of 16 frames")

@@ -28,7 +28,8 @@ def encode_video(
     `frames` and `size` are the model's own unless given; `sampling` goes to `load_clip`. The file's metadata holds the
     token grid ("64 14 14": latent frames, rows, columns), the video's name and how it was sampled.
     """
-    frames, size = frames or model.config.frames, size or model.config.size
+    frames = model.config.frames if frames is None else frames
+    size = model.config.size if size is None else size
     clip = load_clip(video, frames=frames, size=size, **sampling)
     place = device_of(device)
     with torch.inference_mode(), autocast(place, precision):

@@ -15,12 +15,20 @@ State = dict[nn.Module, Tensor]
 class CausalConv3d(nn.Module):
     """`vmae_kernels.causal_conv3d` with its weight; with a state it continues where the last tile ended."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: Sequence[int], *, stride: Sequence[int] = (1, 1, 1)):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: Sequence[int],
+        *,
+        stride: Sequence[int] = (1, 1, 1),
+        bias: bool = True,
+    ):
         super().__init__()
         self.stride = tuple(stride)
         bound = 1 / math.sqrt(inputs * math.prod(kernel))
         self.weight = nn.Parameter(torch.empty(outputs, inputs, *kernel).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
         if state is None:

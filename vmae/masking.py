@@ -5,7 +5,6 @@ Every index tensor is int64 and ascending in each row.
 """
 
 import math
-from fractions import Fraction
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -25,9 +24,9 @@ class TubeMask(NamedTuple):
     hidden: Tensor
 
 
-def exact(ratio: float) -> Fraction:
-    """The decimal number that was written, so that 0.29 of 100 is 29 and not 28.999999999999996."""
-    return Fraction(repr(float(ratio)))
+def share(ratio: float, n: int) -> float:
+    """ratio * n as decimals multiply: 0.29 of 100 is 29, not 28.999999999999996."""
+    return round(ratio * n, 8)
 
 
 def check_ratio(name: str, ratio: float) -> None:
@@ -38,7 +37,7 @@ def check_ratio(name: str, ratio: float) -> None:
 def visible_places(places: int, mask_ratio: float) -> int:
     """How many of a latent frame's places the encoder sees: P - floor(mask_ratio * P)."""
     check_ratio("mask_ratio", mask_ratio)
-    return places - math.floor(exact(mask_ratio) * places)
+    return places - math.floor(share(mask_ratio, places))
 
 
 def tube_mask(grid: Grid, batch: int, *, mask_ratio: float, seed: int, device: torch.device | str = "cpu") -> TubeMask:
@@ -70,7 +69,7 @@ def decoder_budget(tokens: int, *, budget: float, random: float) -> Budget:
     check_ratio("random", random)
     if random > budget:
         raise ValueError(f"random: expected at most the budget, {budget}, got {random}")
-    total, drawn = (math.floor(exact(share) * tokens + Fraction(1, 2)) for share in (budget, random))
+    total, drawn = (math.floor(share(ratio, tokens) + 0.5) for ratio in (budget, random))
     return Budget(total, drawn)
 
 

@@ -16,7 +16,8 @@ class Scorer(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.first = CausalConv3d(3, width, (2, 7, 7), stride=(2, 4, 4))
-        self.second = CausalConv3d(width, width, (1, 7, 7), stride=(1, 4, 4))
+        # Without a bias: it would cancel in the distance of two features.
+        self.second = CausalConv3d(width, width, (1, 7, 7), stride=(1, 4, 4), bias=False)
 
     def forward(self, video: Tensor) -> Tensor:
         """[B, 3, T, H, W] in [-1, 1] -> features [B, D, T / 2, H / 16, W / 16]."""

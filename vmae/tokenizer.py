@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from vmae_kernels import fsq, soft_topk, topk
 
 from vmae.checkpoint import Saved
 from vmae.layers import CausalConv3d, FrameNorm, ResidualBlock, State, Upsample
-from vmae.masking import Grid, check_ratio, exact
+from vmae.masking import Grid, check_ratio, share
 from vmae.scorer import Scorer, token_scores
 
 TUBELET = (2, 16, 16)  # frames, rows and columns of a token
@@ -177,7 +176,7 @@ class AdaptiveTokenizer(nn.Module, Saved):
         In training the weights pass gradients to the scores; in evaluation they are 0 or 1.
         """
         first, n = grid[1] * grid[2], math.prod(grid)
-        k = max(math.floor(exact(self.config.keep) * n + Fraction(1, 2)) - first, 0)
+        k = max(math.floor(share(self.config.keep, n) + 0.5) - first, 0)
         rest = scores[:, first:]
         if self.training and self.config.selection == "perturbed" and rest.shape[1]:
             settings = {"sigma": self.config.sigma, "samples": self.config.samples, "seed": seed}

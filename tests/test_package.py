@@ -1,0 +1,72 @@
+"""The wheel, and what importing it needs."""
+
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, folder: Path | None = None) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a build writes beside its sources
+    source.mkdir()
+    for name in ("kernels", "vmae", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).symlink_to(ROOT / name)
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check", "--wheel-dir", folder]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], check=True)
+    return next(folder.glob("vmae-*.whl"))
+
+
+def test_wheel_holds_both_packages_and_the_command(wheel, tmp_path):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for module in ROOT.glob("vmae/*.py"):
+        assert f"vmae/{module.name}" in names
+    for module in ROOT.glob("kernels/vmae_kernels/*.py"):
+        assert f"vmae_kernels/{module.name}" in names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "kernels"))]
+    entry = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "vmae = vmae.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = """
+        import torch, vmae, vmae_kernels
+        print(vmae.__file__, vmae_kernels.__file__)
+        tokens = vmae.AdaptiveTokenizer(vmae.TokenizerConfig.tiny()).encode(torch.zeros(1, 3, 4, 32, 32))
+        model = vmae.VideoMAE(vmae.VideoMAEConfig.tiny(frames=4, size=32, mask_ratio=0.5))
+        print(float(model(torch.zeros(1, 3, 4, 32, 32), tokens, seed=1)))
+    """
+    answer = run(code, tmp_path)  # Python looks in the current folder first
+    assert answer.count(str(tmp_path)) == 2
+
+
+BLOCK = """
+    import sys
+
+    class Block:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in {blocked!r}:
+                raise ImportError(name + " is blocked")
+
+    sys.meta_path.insert(0, Block())
+"""
+
+
+def test_importing_vmae_needs_no_video_library():
+    code = textwrap.dedent(BLOCK.format(blocked={"av"})) + "import vmae\nprint('imported')"
+    assert run(code) == "imported\n"
+
+
+def test_importing_vmae_needs_no_triton_and_no_command_line():
+    code = textwrap.dedent(BLOCK.format(blocked={"triton", "tyro", "matplotlib", "PIL"})) + "import vmae\nprint('ok')"
+    assert run(code) == "ok\n"

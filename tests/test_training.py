@@ -1,0 +1,257 @@
+"""Training runs: logs, checkpoints, determinism, and what happens when something goes wrong."""
+
+import itertools
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmae import AdaptiveTokenizer, TokenizerConfig, VideoMAE, checkpoint
+from vmae.training import (
+    Clips,
+    Optimisation,
+    PretrainRun,
+    TokenizerRun,
+    TrainingError,
+    learning_rate,
+    pretrain,
+    train_tokenizer,
+)
+
+
+def tokenizer_run(data: Path, out: Path, *, steps: int = 3, workers: int = 0, overwrite: bool = False, **options):
+    options = {"precision": "fp32", "lr": 2e-3, **options}
+    clips = Clips(frames=8, size=32, workers=workers)
+    return TokenizerRun(data, out, model="tiny", clips=clips, optimisation=Optimisation(steps=steps, **options),
+                        overwrite=overwrite)  # fmt: skip
+
+
+def pretrain_run(data: Path, out: Path, tokenizer: Path | None, *, steps: int = 3, **changes):
+    options = Optimisation(steps=steps, precision="fp32", lr=1e-3)
+    clips = Clips(frames=16, size=32, workers=0)
+    return PretrainRun(data, out, tokenizer=tokenizer, model="tiny", clips=clips, optimisation=options, **changes)
+
+
+def log_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    checkpoint.save(AdaptiveTokenizer(TokenizerConfig.tiny()), folder)
+    return folder
+
+
+def test_tokenizer_run_leaves_log_configuration_and_model(moving_square, tmp_path):
+    out = train_tokenizer(tokenizer_run(moving_square, tmp_path / "run", steps=25))
+    log = log_of(out)
+    assert [line["step"] for line in log] == list(range(25))
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["memory_gib"] > 0 for line in log)
+    losses = [line["loss"] for line in log]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert json.loads((out / "run.json").read_text())["optimisation"]["steps"] == 25
+    loaded = checkpoint.load(AdaptiveTokenizer, out)
+    torch.manual_seed(0)
+    fresh = AdaptiveTokenizer(TokenizerConfig.tiny())
+    assert not torch.equal(loaded.encoder.stem.weight, fresh.encoder.stem.weight)
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "log.jsonl", "model.safetensors", "run.json"]
+
+
+def test_same_seed_gives_the_same_losses_with_and_without_workers(moving_square, tmp_path):
+    runs = [
+        log_of(train_tokenizer(tokenizer_run(moving_square, tmp_path / name, workers=workers, seed=seed)))
+        for name, workers, seed in (("a", 0, 5), ("b", 1, 5), ("c", 0, 6))
+    ]
+    losses = [[line["loss"] for line in run] for run in runs]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+@pytest.mark.parametrize("strategy", ["adaptive", "random", "uniform", "none"])
+def test_pretraining_with_every_strategy(strategy, moving_square, tokenizer_dir, tmp_path):
+    out = pretrain(pretrain_run(moving_square, tmp_path / "run", tokenizer_dir, strategy=strategy))
+    config = checkpoint.load(VideoMAE, out).config
+    assert (config.strategy, config.frames, config.size, config.width) == (strategy, 16, 32, 192)
+    assert len(log_of(out)) == 3
+
+
+def test_pixel_targets_need_no_tokenizer(moving_square, tmp_path):
+    run = pretrain_run(moving_square, tmp_path / "run", None, strategy="random", target="pixels", steps=1)
+    assert checkpoint.load(VideoMAE, pretrain(run)).head.out_features == 1536
+    with pytest.raises(ValueError, match=r"tokenizer: expected a tokenizer's folder for target latent.*got none"):
+        pretrain(pretrain_run(moving_square, tmp_path / "other", None))
+    assert not (tmp_path / "other").exists()
+
+
+def test_pretraining_leaves_the_tokenizer_alone(moving_square, tokenizer_dir, tmp_path):
+    before = (tokenizer_dir / "model.safetensors").read_bytes()
+    pretrain(pretrain_run(moving_square, tmp_path / "run", tokenizer_dir, steps=1))
+    assert (tokenizer_dir / "model.safetensors").read_bytes() == before
+
+
+def test_accumulated_parts_make_the_step_of_one_batch(moving_square, tmp_path, monkeypatch):
+    def loss(self, video, *, seed):  # without masks or noise, so that only the batches differ
+        return type("Output", (), {"loss": (self.encoder(video.float() / 255) ** 2).mean()})
+
+    monkeypatch.setattr(AdaptiveTokenizer, "forward", loss)
+    runs = {
+        name: log_of(train_tokenizer(tokenizer_run(moving_square, tmp_path / name, **options)))
+        for name, options in (("whole", {"batch_size": 2}), ("parts", {"accumulate": 2}))
+    }
+    for whole, parts in zip(runs["whole"], runs["parts"], strict=True):
+        assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+
+
+def test_learning_rate_rises_then_follows_a_cosine():
+    options = Optimisation(steps=100, warmup=10, lr=2.0)
+    rates = [learning_rate(step, options) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == 2.0
+    assert rates[55] == pytest.approx(2.0 * (0.01 + 0.99 / 2))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[-1] < 0.025
+    assert [learning_rate(i, Optimisation(steps=1, lr=2.0)) for i in range(1)] == [2.0]
+
+
+def test_unusable_videos_are_skipped_and_counted(video_folder, tmp_path, capsys):
+    out = train_tokenizer(tokenizer_run(video_folder, tmp_path / "run", steps=6))
+    assert log_of(out)[-1]["skipped"] >= 2
+    assert f"skipped: {video_folder / 'broken.mp4'}" in capsys.readouterr().err
+
+
+def test_nothing_but_unusable_videos_is_an_error(tmp_path):
+    (tmp_path / "x.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match=r"none of the last 1 videos could be used.*x\.mp4"):
+        train_tokenizer(tokenizer_run(tmp_path, tmp_path / "run"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(moving_square, tmp_path, monkeypatch):
+    original = AdaptiveTokenizer.forward
+
+    def broken(self, video, *, seed):
+        output = original(self, video, seed=seed)
+        return output._replace(loss=output.loss * (float("nan") if seed == 2 else 1))
+
+    monkeypatch.setattr(AdaptiveTokenizer, "forward", broken)
+    with pytest.raises(TrainingError, match=r"step 2: expected a finite loss.*nan"):
+        train_tokenizer(tokenizer_run(moving_square, tmp_path / "run", save_every=2))
+    model = checkpoint.load(AdaptiveTokenizer, tmp_path / "run")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_an_earlier_run_is_not_lost_by_mistake(moving_square, tmp_path):
+    out = train_tokenizer(tokenizer_run(moving_square, tmp_path / "run", steps=1))
+    weights = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run"):
+        train_tokenizer(tokenizer_run(moving_square, out, steps=2))
+    assert (out / "model.safetensors").read_bytes() == weights
+    train_tokenizer(tokenizer_run(moving_square, out, steps=2, overwrite=True))
+    assert len(log_of(out)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"steps": 0}, "steps.*0"), ({"batch_size": 0}, "batch_size.*0"), ({"lr": 0.0}, "lr.*0"),
+     ({"lr": float("nan")}, "lr.*nan"), ({"clip_norm": -1.0}, "clip_norm.*-1")],
+)  # fmt: skip
+def test_wrong_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Optimisation(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_named(moving_square, tmp_path):
+    with pytest.raises(ValueError, match="sees no CUDA device"):
+        train_tokenizer(tokenizer_run(moving_square, tmp_path / "run", device="cuda"))
+
+
+def start_training(data: Path, out: Path, **environment) -> subprocess.Popen:
+    command = [sys.executable, "-m", "vmae.cli", "tokenizer", "--data", data, "--out", out, "--model", "tiny"]
+    options = ["--frames", "8", "--size", "32", "--workers", "0", "--steps", "100000", "--save-every", "1"]
+    return subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+
+
+def wait_for_steps(process: subprocess.Popen, out: Path, steps: int) -> None:
+    for _ in range(600):
+        log = out / "log.jsonl"
+        if log.exists() and log.read_text().count("\n") >= steps:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    raise AssertionError("training did not start")
+
+
+def test_interrupt_saves_the_model(moving_square, tmp_path):
+    process = start_training(moving_square, tmp_path / "run")
+    wait_for_steps(process, tmp_path / "run", 3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "interrupted: stopped at step" in errors
+    checkpoint.load(AdaptiveTokenizer, tmp_path / "run")
+
+
+def test_kill_leaves_whole_files(moving_square, tmp_path):
+    process = start_training(moving_square, tmp_path / "run")
+    wait_for_steps(process, tmp_path / "run", 4)
+    process.kill()
+    process.communicate()
+    checkpoint.load(AdaptiveTokenizer, tmp_path / "run")
+
+
+def test_full_disk_keeps_the_earlier_checkpoint(tokenizer_dir, tmp_path):
+    model = checkpoint.load(AdaptiveTokenizer, tokenizer_dir)
+    checkpoint.save(model, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            checkpoint.save(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_damaged_models_are_named(tokenizer_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"nothing: expected a saved AdaptiveTokenizer with config\.json"):
+        checkpoint.load(AdaptiveTokenizer, tmp_path / "nothing")
+    weights = (tokenizer_dir / "model.safetensors").read_bytes()
+    config = (tokenizer_dir / "config.json").read_text()
+    for name, damaged_weights, damaged_config in (
+        ("truncated", weights[: len(weights) // 2], config),
+        ("empty", b"", config),
+        ("no-json", weights, config[:-20]),
+        ("other-width", weights, config.replace('"width": 32', '"width": 64')),
+        ("bad-value", weights, config.replace('"tile": 16', '"tile": 3')),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(damaged_weights)
+        (folder / "config.json").write_text(damaged_config)
+        with pytest.raises(ValueError, match=f"{name}: is no readable AdaptiveTokenizer") as caught:
+            checkpoint.load(AdaptiveTokenizer, folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_pickles_are_not_read(tokenizer_dir, tmp_path):
+    model = checkpoint.load(AdaptiveTokenizer, tokenizer_dir)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text((tokenizer_dir / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        AdaptiveTokenizer.from_pretrained(tmp_path)
