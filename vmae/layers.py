@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from vmae_kernels import causal_conv3d
 
 # What the convolutions carry from one time tile to the next.

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from vmae_kernels import attention, decoder_tokens, gather_tokens, tubelets
 
 from vmae.checkpoint import Saved
 from vmae.masking import STRATEGIES, Strategy, check_ratio, decoder_budget, select, tube_mask
 from vmae.tokenizer import TUBELET, Tokens, check_video
+from vmae_kernels import attention, decoder_tokens, gather_tokens, tubelets
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
 from vmae_kernels import gather_tokens, topk, topk_partition
 from vmae_kernels.philox import STREAM_RANDOM, STREAM_TUBE, random_keys
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from vmae_kernels import fsq, soft_topk, topk
 
 from vmae.checkpoint import Saved
 from vmae.layers import CausalConv3d, FrameNorm, ResidualBlock, State, Upsample
 from vmae.masking import Grid, check_ratio, share
 from vmae.scorer import Scorer, token_scores
+from vmae_kernels import fsq, soft_topk, topk
 
 TUBELET = (2, 16, 16)  # frames, rows and columns of a token
 

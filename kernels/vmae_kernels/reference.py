@@ -76,8 +76,13 @@ def _perturbed(scores: Tensor, sigma: float, samples: int, seed: int):
             yield z, scores + sigma * z
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[..., N] -> [rows, N] in the compute dtype."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(_compute_dtype(x.dtype))
+
+
 def soft_topk(scores: Tensor, k: int, sigma: float, samples: int, seed: int) -> Tensor:
-    rows = scores.reshape(-1, scores.shape[-1]).to(_compute_dtype(scores.dtype))
+    rows = _rows(scores)
     total = torch.zeros_like(rows)
     for _, noisy in _perturbed(rows, sigma, samples, seed):
         total += topk_mask(noisy, k)
@@ -85,8 +90,7 @@ def soft_topk(scores: Tensor, k: int, sigma: float, samples: int, seed: int) -> 
 
 
 def soft_topk_backward(grad: Tensor, scores: Tensor, k: int, sigma: float, samples: int, seed: int) -> Tensor:
-    rows = scores.reshape(-1, scores.shape[-1]).to(_compute_dtype(scores.dtype))
-    weight = grad.reshape(rows.shape).to(rows.dtype)
+    rows, weight = _rows(scores), _rows(grad)
     # The control variate: the product at zero noise has mean zero once multiplied by z, and most of the variance.
     unperturbed = (weight * topk_mask(rows, k)).sum(-1, keepdim=True)
     total = torch.zeros_like(rows)
@@ -155,9 +159,11 @@ def decoder_tokens(
     else:
         placed = gather_tokens(positions, indices, False)
     placed = placed.view(b, -1, d)
+    # Sums are formed in the widest of the dtypes and rounded once.
+    wide = torch.promote_types(torch.promote_types(visible.dtype, mask_token.dtype), positions.dtype)
     out = torch.empty(placed.shape, dtype=visible.dtype, device=visible.device)
-    out[:, :v] = visible + placed[:, :v]  # in the wider dtype of the two, rounded once
-    out[:, v:] = mask_token + placed[:, v:]
+    out[:, :v] = visible.to(wide) + placed[:, :v]
+    out[:, v:] = mask_token.to(wide) + placed[:, v:]
     return out
 
 
@@ -209,6 +215,8 @@ def tubelets_backward(
 
 
 # --- attention -----------------------------------------------------------------------------------------------------
+
+_QUERY_BLOCK = 1024
 
 
 def _kv_rows(x: Tensor, indices: Tensor) -> Tensor:
@@ -265,15 +273,21 @@ def attention_varlen_backward(
     max_k: int,
     scale: float | None,
 ) -> tuple[Tensor, ...]:
-    grads = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    wide = _compute_dtype(q.dtype)
+    grads = tuple(torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     for rows, keys in _sequences(len(q), len(k), cu_q, cu_k, max_q, max_k):
-        with torch.enable_grad():  # recomputes one sequence at a time, so nothing is kept between the passes
-            parts = [x.detach().requires_grad_() for x in (q[rows], k[keys], v[keys])]
-            heads = [_heads_first(x) for x in parts]
-            o = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], scale=scale)[0].transpose(0, 1)
-        for total, where, g in zip(grads, (rows, keys, keys), torch.autograd.grad(o, parts, grad[rows]), strict=True):
-            total[where] = g
-    return grads
+        kt, vt = (x[keys].transpose(0, 1).to(wide) for x in (k, v))  # [H, N, d]
+        for first in range(rows.start, rows.stop, _QUERY_BLOCK):  # the scores are made again, a block at a time
+            block = slice(first, min(first + _QUERY_BLOCK, rows.stop))
+            qt, gt = (x[block].transpose(0, 1).to(wide) for x in (q, grad))  # [H, M, d]
+            p = (qt @ kt.mT * scale).softmax(-1)
+            dp = gt @ vt.mT
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+            grads[0][block] = (ds @ kt).transpose(0, 1)
+            grads[1][keys] += (ds.mT @ qt).transpose(0, 1)
+            grads[2][keys] += (p.mT @ gt).transpose(0, 1)
+    return tuple(x.to(q.dtype) for x in grads)
 
 
 # --- convolution ---------------------------------------------------------------------------------------------------
@@ -324,8 +338,11 @@ def _fsq_constants(levels: Sequence[int], z: Tensor) -> tuple[Tensor, ...]:
 
 def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     half, offset, shift, width = _fsq_constants(levels, z)
+    highest = _vector([(level - 1) // 2 for level in levels], half.dtype, z.device)
     rounded = ((z.to(half.dtype) + shift).tanh() * half - offset).round()
-    digits = (rounded + width).nan_to_num(0.0).to(torch.int32)
+    # From 1,002 levels on the slack in the half range alone reaches the next value.
+    rounded = torch.minimum(torch.maximum(rounded, -width), highest)
+    digits = (rounded.nan_to_num(0.0) + width).to(torch.int32)
     radix = _vector([math.prod(levels[:i]) for i in range(len(levels))], torch.int32, z.device)
     return (rounded / width).to(z.dtype), (digits * radix).sum(-1, dtype=torch.int32)
 

@@ -91,7 +91,7 @@ def tubelets(
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != c:
             raise ValueError(f"{name}: expected C = {c} numbers, got {len(values)}")
-    if not all(math.isfinite(s) and s > 0 for s in std):
+    if not all(0 < s < math.inf for s in std):
         raise ValueError(f"std: expected numbers above 0, got {tuple(std)}")
     if dtype not in FLOATS:
         raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
