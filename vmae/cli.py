@@ -110,6 +110,9 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="vmae", description="Long-context video masked autoencoders."
         )
+    except BrokenPipeError:  # the reader has seen enough: vmae doctor | head
+        sys.stdout = None
+        sys.exit(0)
     except (ValueError, OSError) as error:  # also VideoError and TrainingError
         print(f"vmae: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)

@@ -100,6 +100,7 @@ def select(
 
     Raises:
         ValueError: unknown strategy, scores missing or of a wrong shape, or fewer hidden tokens than K.
+        TypeError: scores are not floating point.
 
     Source: LVMAE (NeurIPS 2024), section 3 and appendix; the baselines as compared there.
     """

@@ -5,9 +5,10 @@ import math
 import random
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ class _Index:
     times: list[float]
     ticks: list[int] | None  # None where the container stores no usable timestamps
     duration: float
+    slack: float  # by how much a time may be rounded
 
 
 def load_clip(
@@ -73,8 +75,11 @@ def load_clip(
     try:
         index = _read_index(path)
         wanted = _wanted_frames(path, index, frames, fps, stride, start, short, seed)
-        clip, missing = _decode(path, index, wanted, size, seek=True)
-        if missing:  # a file whose seek points lie: once more, from its first frame
+        try:
+            clip, missing = _decode(path, index, wanted, size, seek=True)
+        except av.FFmpegError:  # frames after the seek point may refer to frames before it
+            missing = len(wanted)
+        if missing:  # once more, from the file's first frame
             clip, missing = _decode(path, index, wanted, size, seek=False)
     except av.FFmpegError as error:
         raise VideoError(f"{path}: cannot be decoded ({error.strerror or type(error).__name__})") from error
@@ -109,35 +114,105 @@ def _check_sampling(frames: int, size: int, fps: float | None, stride: int, star
 def _open(path: Path) -> tuple[Any, Any]:
     import av
 
-    container = av.open(str(path))
+    container = av.open(f"file:{path}")  # a file, whatever protocol its name may spell
     if not container.streams.video:
         container.close()
         raise VideoError(f"{path}: has no video stream")
     stream = container.streams.video[0]
+    # An error is wanted, not a picture that the decoder made up from its neighbours.
+    stream.codec_context.options = {"err_detect": "explode"}
     stream.thread_type = "AUTO"
-    if get_worker_info() is not None:  # the loader's workers are the parallelism
+    if get_worker_info() is not None or stream.codec_context.name == "ffv1":
+        # The loader's workers are the parallelism; and what threads report to FFmpeg's log would be lost.
         stream.codec_context.thread_count = 1
     return container, stream
 
 
+@contextmanager
+def _log_counts(path: Path, counts: bool) -> Iterator[None]:
+    """Take an error in FFmpeg's log for one: lost blocks of Matroska and wrong checksums of FFV1 show nowhere else."""
+    if not counts:
+        yield
+        return
+    import av.logging
+
+    level, skip = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    try:
+        with av.logging.Capture(local=True) as lines:
+            yield
+    finally:
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(skip)
+    if lines:
+        raise VideoError(f"{path}: damaged: {' '.join(lines[0][2].split())}")
+
+
 def _read_index(path: Path) -> _Index:
     """Read the file's packets, without decoding them."""
+    if (promised_bytes := _promised_bytes(path)) > (size := path.stat().st_size):
+        raise VideoError(f"{path}: truncated: its header promises {promised_bytes} bytes, {size} are there")
     container, stream = _open(path)
-    with container:
+    with container, _log_counts(path, "matroska" in container.format.name):
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         promised, rate, tick = stream.frames, stream.average_rate, stream.time_base
+        timed = container.format.name != "avi"  # stores none; FFmpeg's are in decoding order
     if not packets:
         raise VideoError(f"{path}: has no video frames")
     if len(packets) < promised:
         raise VideoError(f"{path}: truncated: its header promises {promised} frames, {len(packets)} are there")
+    if any(p.is_corrupt for p in packets):
+        raise VideoError(f"{path}: truncated or damaged: a frame is cut short")
     ticks = sorted(p.pts for p in packets if p.pts is not None)
-    if len(set(ticks)) == len(packets) and tick:
+    if timed and len(set(ticks)) == len(packets) and tick:
         times = [float((t - ticks[0]) * tick) for t in ticks]
         last = next((float(p.duration * tick) for p in packets if p.pts == ticks[-1] and p.duration), 0.0)
         last = last or (times[-1] / (len(times) - 1) if len(times) > 1 else 1.0)
-        return _Index(times, ticks, times[-1] + last)
+        # Matroska rounds times to milliseconds.
+        return _Index(times, ticks, times[-1] + last, slack=min(float(tick), 1e-3) + 1e-6)
     step = 1 / float(rate or 25)
-    return _Index([i * step for i in range(len(packets))], None, len(packets) * step)
+    return _Index([i * step for i in range(len(packets))], None, len(packets) * step, slack=1e-6)
+
+
+def _promised_bytes(path: Path) -> int:
+    """How long a Matroska or MP4 file says that it is; 0 if it does not say.
+
+    FFmpeg takes a shorter one for a shorter video (RFC 8794, section 4, and ISO/IEC 14496-12, section 4.2).
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(12)
+        file.seek(0)
+        if head.startswith(b"\x1aE\xdf\xa3"):
+            file.seek(4)
+            file.seek(max(_ebml_number(file), 0), 1)
+            if file.read(4) != b"\x18S\x80g":  # the segment
+                return 0
+            length = _ebml_number(file)
+            return file.tell() + length if length >= 0 else 0
+        end = 0
+        while head[4:8] == b"ftyp" and end < size:  # box after box, the first of which is the file's type
+            file.seek(end)
+            box = file.read(16)
+            length = int.from_bytes(box[:4], "big")
+            if length == 1:  # the real one follows, in 64 bits
+                length = int.from_bytes(box[8:16], "big")
+            if length < 8 or not box[4:8].isalnum():  # to the file's end, or no box
+                break
+            end += length
+        return end
+
+
+def _ebml_number(file: BinaryIO) -> int:
+    """A number of Matroska's variable length, its length marked by the leading zeros; -1 if it is unknown."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return -1
+    more = 8 - first[0].bit_length()
+    bits = 7 * (more + 1)
+    value = int.from_bytes(first + file.read(more), "big") & ((1 << bits) - 1)
+    return -1 if value == (1 << bits) - 1 else value
 
 
 def _wanted_frames(
@@ -174,7 +249,7 @@ def _wanted_frames(
         return [(int(begin) + i * stride) % total for i in range(frames)]
     # A frame is shown until the next one begins; the slack absorbs the rounding of timestamps.
     moments = ((begin + i * step) % index.duration for i in range(frames))
-    return [max(bisect_right(index.times, moment + 1e-6) - 1, 0) for moment in moments]
+    return [max(bisect_right(index.times, moment + index.slack) - 1, 0) for moment in moments]
 
 
 def _decode(path: Path, index: _Index, wanted: list[int], size: int, *, seek: bool) -> tuple[np.ndarray, int]:
@@ -185,17 +260,19 @@ def _decode(path: Path, index: _Index, wanted: list[int], size: int, *, seek: bo
     number_of = {tick: i for i, tick in enumerate(index.ticks)} if index.ticks else None
     clip = np.empty((len(wanted), size, size, 3), dtype=np.uint8)
     container, stream = _open(path)
-    with container:
+    decoded = 0
+    with container, _log_counts(path, stream.codec_context.name == "ffv1"):
         if seek and index.ticks and min(places) > 0:
             container.seek(index.ticks[min(places)], stream=stream)
-        for count, frame in enumerate(container.decode(stream)):
-            number = number_of.get(frame.pts, -1) if number_of else count
-            if frame.is_corrupt or number not in places:
-                continue
-            pixels = _resize_and_crop(frame, size)
-            clip[places.pop(number)] = pixels
-            if not places:
+        for frame in container.decode(stream):
+            number = number_of.get(frame.pts, -1) if number_of else decoded
+            decoded += 1
+            if not frame.is_corrupt and number in places:
+                clip[places.pop(number)] = _resize_and_crop(frame, size)
+            if number_of and not places:
                 break
+    if number_of is None and decoded != len(index.times):  # which ones are missing, nobody knows
+        raise VideoError(f"{path}: truncated or damaged: {decoded} of {len(index.times)} frames can be decoded")
     return clip, len(places)
 
 
@@ -334,8 +411,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches (clips uint8 [B, 3, T, H, W] in channels_last_3d, labels int64 [B]), the same for the same seed.
 
-    A video that cannot be used is left out and the text of its error appended to `skipped`. If a whole epoch's worth
-    of videos in a row cannot be used, `VideoError` says so.
+    A video that cannot be used is left out and the text of its error appended to `skipped`. If none can be used,
+    `VideoError` says so.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -350,7 +427,9 @@ def batches(
             failures += 1
             if skipped is not None:
                 skipped.append(item)
-            if failures >= len(dataset):
+            if failures > 2 * (
+                len(dataset) - 1
+            ):  # the one usable video may be an epoch's first and the next one's last
                 raise VideoError(f"none of the last {failures} videos could be used; the last one: {item}")
             continue
         failures = 0
