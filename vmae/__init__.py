@@ -1,9 +1,10 @@
 """Long-context video masked autoencoders: decode only the tokens that matter."""
 
+from vmae.dataset import ClipDataset, batches
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import decoder_budget, select, tube_mask
 from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig, Tokens
-from vmae.video import ClipDataset, VideoError, batches, load_clip
+from vmae.video import VideoError, load_clip
 
 __version__ = "0.1.0"
 

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import nn
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin
+except ImportError:  # the models need torch alone; only saving and loading needs the rest
+
+    class PyTorchModelHubMixin:  # type: ignore[no-redef]
+        pass
+
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -21,6 +26,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file beside `path` to write to; it takes path's name if the block succeeds, else it is removed."""
+    from safetensors import SafetensorError
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -59,6 +66,9 @@ class Saved(PyTorchModelHubMixin):
         cls, *, model_id, revision, cache_dir, force_download, local_files_only, token,
         map_location="cpu", strict=True, **model_kwargs,
     ):  # fmt: skip
+        from huggingface_hub import hf_hub_download
+        from safetensors.torch import load_model
+
         model = cls(**model_kwargs)
         if Path(model_id).is_dir():
             file = str(Path(model_id) / WEIGHTS)
@@ -74,6 +84,8 @@ class Saved(PyTorchModelHubMixin):
 
 def save(model: Any, directory: str | Path) -> None:
     """Write a model's weights and configuration; a kill at any moment leaves the earlier ones or the new ones."""
+    from safetensors.torch import save_model
+
     directory = Path(directory)
     with replacing(directory / WEIGHTS) as temporary:
         save_model(model, str(temporary))
@@ -89,6 +101,8 @@ def load(cls: type[T], directory: str | Path, device: str | torch.device = "cpu"
     Raises:
         ValueError: a file is missing or damaged, or belongs to another model; the message names the folder.
     """
+    from safetensors import SafetensorError
+
     directory = Path(directory)
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vmae import checkpoint
+from vmae.dataset import ClipDataset, batches
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import Strategy
 from vmae.memory import memory_gib
 from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig
-from vmae.video import ClipDataset, batches
 
 LOG, RUN = "log.jsonl", "run.json"
 
@@ -40,6 +40,8 @@ class Clips:
     """Take every n-th frame."""
     fps: float | None = None
     """Sample by time at this rate instead."""
+    short: Literal["loop", "refuse"] = "loop"
+    """What to do with a video shorter than a clip: begin again at its start, or skip it."""
     workers: int = 1
     """Processes that decode."""
 
@@ -184,7 +186,13 @@ def _fit(model: Any, loss_of: Callable[[Tensor, int], Tensor], run: TokenizerRun
     options, out = run.optimisation, run.out
     source = run.clips
     dataset = ClipDataset(
-        run.data, frames=source.frames, size=source.size, fps=source.fps, stride=source.stride, seed=options.seed
+        run.data,
+        frames=source.frames,
+        size=source.size,
+        fps=source.fps,
+        stride=source.stride,
+        short=source.short,
+        seed=options.seed,
     )
     _claim(out, run.overwrite)
     checkpoint.write_text(out / RUN, json.dumps(asdict(run), indent=2, default=str) + "\n")

@@ -1,6 +1,5 @@
-"""Clips from video files: decoding, sampling in time, resizing, and datasets of them."""
+"""Clips from video files: frames sampled in time, resized and cropped."""
 
-import csv
 import math
 import random
 from bisect import bisect_right
@@ -13,9 +12,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 Start = Literal["center", "random"] | int
 
 
@@ -63,7 +61,7 @@ def load_clip(
         VideoError: the file is missing, empty, no video, truncated, damaged or (with `short="refuse"`) too short.
         ValueError: an argument is out of range.
     """
-    _check_sampling(frames, size, fps, stride, start, short)
+    check_sampling(frames, size, fps, stride, start, short)
     path = Path(path)
     if not path.is_file():
         raise VideoError(f"{path}: expected a video file, found {'a directory' if path.is_dir() else 'no such file'}")
@@ -81,7 +79,7 @@ def load_clip(
             missing = len(wanted)
         if missing:  # once more, from the file's first frame
             clip, missing = _decode(path, index, wanted, size, seek=False)
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path}: cannot be decoded ({error.strerror or type(error).__name__})") from error
     if missing:
         raise VideoError(
@@ -95,7 +93,7 @@ def frame_count(path: str | Path) -> int:
     return len(_read_index(Path(path)).times)
 
 
-def _check_sampling(frames: int, size: int, fps: float | None, stride: int, start: Start, short: str) -> None:
+def check_sampling(frames: int, size: int, fps: float | None, stride: int, start: Start, short: str) -> None:
     for name, value in (("frames", frames), ("size", size), ("stride", stride)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
@@ -282,160 +280,3 @@ def _resize_and_crop(frame: Any, size: int) -> np.ndarray:
     resized = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
     top, left = (height - size) // 2, (width - size) // 2
     return resized[top : top + size, left : left + size]
-
-
-# --- datasets ------------------------------------------------------------------------------------------------------
-
-
-def read_entries(source: str | Path) -> list[tuple[Path, int]]:
-    """The videos of a source, each with its label (-1 where there is none).
-
-    `source`: a folder (searched at any depth for VIDEO_SUFFIXES), a video file, a csv file whose header names a column
-    `path` (and perhaps `label`), or a list with `path label` or `path` on each line. Paths in a list or csv file are
-    relative to it.
-    """
-    source = Path(source)
-    if source.is_dir():
-        entries = [(p, -1) for p in sorted(source.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()]
-    elif source.suffix.lower() in VIDEO_SUFFIXES:
-        entries = [(source, -1)]
-    elif source.is_file():
-        entries = _read_list(source)
-    else:
-        raise VideoError(f"{source}: expected a folder of videos, a video or a list of videos, found no such file")
-    if not entries:
-        raise VideoError(f"{source}: holds no videos")
-    return entries
-
-
-def _read_list(source: Path) -> list[tuple[Path, int]]:
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise VideoError(f"{source}: expected a text file that lists videos") from error
-    header = next(csv.reader(lines[:1]), [])
-    rows: list[tuple[int, str, str]] = []
-    if "path" in header:
-        for number, row in enumerate(csv.DictReader(lines), 2):
-            rows.append((number, row["path"] or "", row.get("label") or "-1"))
-    else:
-        for number, line in enumerate(lines, 1):
-            name, _, label = line.strip().rpartition(" ")
-            if line.strip():  # a last word that is no number belongs to the path
-                rows.append((number, name, label) if name and _is_integer(label) else (number, line.strip(), "-1"))
-    for number, name, label in rows:
-        if not name or not _is_integer(label):
-            raise VideoError(f"{source}:{number}: expected a path and an integer label, got {name!r} and {label!r}")
-    return [(source.parent / name, int(label)) for _, name, label in rows]
-
-
-def _is_integer(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
-
-
-class ClipDataset(Dataset):
-    """The clips of a folder or list of videos (see `read_entries`), sampled as by `load_clip`.
-
-    `dataset[i]` is (clip uint8 [3, T, H, W], label), the same for the same seed in any process. A video that cannot be
-    used raises `VideoError`; `batches` skips it instead.
-    """
-
-    def __init__(
-        self,
-        source: str | Path,
-        *,
-        frames: int,
-        size: int,
-        fps: float | None = None,
-        stride: int = 1,
-        start: Start = "random",
-        short: Literal["loop", "refuse"] = "loop",
-        seed: int = 0,
-    ):
-        _check_sampling(frames, size, fps, stride, start, short)
-        self.entries = read_entries(source)
-        self.seed = seed
-        self.sampling: dict[str, Any] = {
-            "frames": frames,
-            "size": size,
-            "fps": fps,
-            "stride": stride,
-            "start": start,
-            "short": short,
-        }
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.load(index, epoch=0)
-
-    def load(self, index: int, epoch: int) -> tuple[Tensor, int]:
-        """Entry `index`, with a random start that differs from epoch to epoch."""
-        path, label = self.entries[index]
-        seed = random.Random(f"{self.seed}/{epoch}/{index}").getrandbits(32)
-        return load_clip(path, seed=seed, **self.sampling)[0], label
-
-
-class _Attempts(Dataset):
-    """Clips by (epoch, index); an unusable video is returned as the text of its error."""
-
-    def __init__(self, dataset: ClipDataset):
-        self.dataset = dataset
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
-        epoch, index = key
-        try:
-            return self.dataset.load(index, epoch)
-        except VideoError as error:
-            return str(error)
-
-
-class _Shuffled:
-    """Endless (epoch, index) pairs, each epoch in an order of its own."""
-
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed = length, seed
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = 0
-        while True:
-            order = list(range(self.length))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            yield from ((epoch, i) for i in order)
-            epoch += 1
-
-
-def batches(
-    dataset: ClipDataset, batch_size: int, *, workers: int = 0, seed: int = 0, skipped: list[str] | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches (clips uint8 [B, 3, T, H, W] in channels_last_3d, labels int64 [B]), the same for the same seed.
-
-    A video that cannot be used is left out and the text of its error appended to `skipped`. If none can be used,
-    `VideoError` says so.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    loader = DataLoader(
-        _Attempts(dataset), batch_size=None, sampler=_Shuffled(len(dataset), seed), num_workers=workers,
-        prefetch_factor=2 if workers else None,
-    )  # fmt: skip
-    batch: list[tuple[Tensor, int]] = []
-    failures = 0
-    for item in loader:
-        if isinstance(item, str):
-            failures += 1
-            if skipped is not None:
-                skipped.append(item)
-            if failures > 2 * (
-                len(dataset) - 1
-            ):  # the one usable video may be an epoch's first and the next one's last
-                raise VideoError(f"none of the last {failures} videos could be used; the last one: {item}")
-            continue
-        failures = 0
-        batch.append(item)
-        if len(batch) == batch_size:
-            clips, labels = zip(*batch, strict=True)
-            # Stacked as frames, so that the batch keeps the decoder's channels-last layout.
-            yield torch.stack([c.permute(1, 2, 3, 0) for c in clips]).permute(0, 4, 1, 2, 3), torch.tensor(labels)
-            batch = []
