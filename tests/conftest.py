@@ -6,6 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from numbered_videos import KINDS, LENGTH, write_numbers
 
 torch.set_num_threads(2)
 
@@ -41,3 +42,15 @@ def video_folder(tmp_path_factory) -> Path:
     write_video(folder / "b.mp4", 24)
     (folder / "broken.mp4").write_bytes(b"this is no video")
     return folder
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """A function from one of KINDS to a file of LENGTH numbered frames."""
+    folder = tmp_path_factory.mktemp("videos")
+
+    def video(kind: str) -> Path:
+        path = folder / kind
+        return path if path.exists() else write_numbers(path, range(LENGTH), **KINDS[kind])
+
+    return video

@@ -82,11 +82,18 @@ def write_images(
     return path
 
 
-GOP = {"g": "12", "keyint_min": "12", "sc_threshold": "0", "bf": "2", "preset": "medium"}
+# The same bytes each time, so that the same damage has the same effect: x264's assembly code, several threads and
+# random identifiers would each make a difference.
+X264 = "no-asm=1:threads=1"
+GOP = {"g": "12", "keyint_min": "12", "sc_threshold": "0", "bf": "2", "preset": "medium", "x264-params": X264}
+EXACT = {"fflags": "bitexact"}
 KINDS: dict[str, dict] = {
     "h264.mp4": {"codec": "libx264", "options": GOP},
-    "h264-open-gop.mp4": {"codec": "libx264", "options": GOP | {"x264-params": "open-gop=1:b-adapt=0:bframes=3"}},
-    "h264.mkv": {"codec": "libx264", "options": GOP},
+    "h264-open-gop.mp4": {
+        "codec": "libx264",
+        "options": GOP | {"x264-params": X264 + ":open-gop=1:b-adapt=0:bframes=3"},
+    },
+    "h264.mkv": {"codec": "libx264", "options": GOP, "container": EXACT},
     "h264.mov": {"codec": "libx264", "options": GOP},
     "h264.avi": {"codec": "libx264", "options": GOP},
     "h264-fast.mp4": {"codec": "libx264", "options": GOP, "container": {"movflags": "faststart"}},
@@ -95,10 +102,19 @@ KINDS: dict[str, dict] = {
     "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "12", "qscale": "4"}},
     "mpeg4-b.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2", "qscale": "4"}},
     "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
-    "ffv1.mkv": {"codec": "ffv1", "pix_fmt": "bgr0", "options": {"level": "3", "slicecrc": "1"}},
+    "ffv1.mkv": {
+        "codec": "ffv1",
+        "pix_fmt": "bgr0",
+        "options": {"level": "3", "slicecrc": "1"},
+        "container": EXACT,
+    },
     "ffv1.avi": {"codec": "ffv1", "pix_fmt": "bgr0", "options": {"level": "3", "slicecrc": "1"}},
     "mpeg2.mpg": {"codec": "mpeg2video", "rate": 25, "options": {"g": "12", "bf": "2", "b": "4M"}},
-    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "12", "cpu-used": "8", "deadline": "realtime"}},
+    "vp9.webm": {
+        "codec": "libvpx-vp9",
+        "options": {"g": "12", "cpu-used": "8", "deadline": "realtime", "threads": "1"},
+        "container": EXACT,
+    },
 }
 LENGTH = 60
 
@@ -106,18 +122,6 @@ LENGTH = 60
 def write_numbers(path: Path, numbers, *, height: int = SIZE, width: int = SIZE, **how) -> Path:
     noise = np.random.default_rng(0)
     return write_images(path, [draw(number, noise, height, width) for number in numbers], **how)
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """A function from one of KINDS to a file of LENGTH numbered frames."""
-    folder = tmp_path_factory.mktemp("videos")
-
-    def video(kind: str) -> Path:
-        path = folder / kind
-        return path if path.exists() else write_numbers(path, range(LENGTH), **KINDS[kind])
-
-    return video
 
 
 def chosen(path: Path, frames: int, **how) -> list[int]:

@@ -573,7 +573,8 @@ def test_bytes_corrupted_in_the_middle(videos, tmp_path, kind, fill):
         right_or_refused(path, whole, **how)
 
 
-# These codecs have no checksum, and most bits mean something: nobody can tell for sure that a picture is wrong.
+# These codecs have no checksum, and most bits mean something: nobody can tell for sure that a picture is wrong. Now and
+# then a damaged one even looks like its neighbour (6 of 5,200 in mkv); with these files and this seed none does.
 UNCHECKED = {"h264-fast.mp4", "h264.mkv", "h264.avi", "vp9.webm", "mpeg4.avi"}
 
 
