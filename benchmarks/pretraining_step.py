@@ -1,9 +1,9 @@
 """Time and memory of one pretraining step at 128 frames: vmae beside Hugging Face's VideoMAE, ViT-B, one clip.
 
-    python benchmarks/pretraining_step.py            # both, in turns; needs the `peers` and `demo` extras
+    python benchmarks/pretraining_step.py            # needs the `peers` and `demo` extras; Linux
     python benchmarks/pretraining_step.py --frames 32
 
-Every measurement is a process of its own, and the two take turns, so that neither finds a warmer machine. A step is
+Every measurement is a process of its own, and they take turns, so that none finds a warmer machine. A step is
 forward and backward on the same real clip; the tokens are given. Memory is the peak resident size during the steps
 less what was resident before the first, with model and inputs in place. The results file names machine, versions and
 commit.
@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3, help="processes per contestant")
     parser.add_argument("--steps", type=int, default=3, help="timed steps per process, after one that is not timed")
-    parser.add_argument("--contestants", nargs="+", default=["vmae-bf16", "huggingface-fp32"], choices=list(STEPS))
+    default = ["vmae-bf16", "huggingface-fp32", "huggingface-bf16"]
+    parser.add_argument("--contestants", nargs="+", default=default, choices=list(STEPS))
     parser.add_argument(
         "--out", type=Path, help="results file (default: benchmarks/results/pretraining-step-DATE.json)"
     )

@@ -51,6 +51,7 @@ def test_page_pictures_show_the_masks(section, tmp_path):
     page([section], Masking(mask_ratio=0.5, budget=0.2), tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert "&lt;square&gt;" in text
+    assert "<square>" not in text
     assert "A note &amp; more." in text
     cells = re.findall(r'base64,([^"]+)" alt="([^"]+)"', text)
     pictures = {alt: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, alt in cells}

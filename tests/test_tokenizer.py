@@ -216,6 +216,20 @@ def test_wrong_videos_are_refused(bad, error, words):
         MODEL.encode(bad)
 
 
+def test_a_stream_starts_anew_after_its_end():
+    stream = MODEL.stream()
+    for clip in (video(seed=1), video(seed=2)):
+        parts = [stream.push(clip), stream.flush()]
+        assert torch.equal(torch.cat([p.latents for p in parts], 1), MODEL.encode(clip).latents)
+        assert torch.equal(torch.cat([p.scores for p in parts], 1), MODEL.encode(clip).scores)
+
+
+def test_a_stream_holds_less_than_a_tile():
+    stream = MODEL.stream()
+    stream.push(video(frames=20))
+    assert stream._pending.untyped_storage().nbytes() == 4 * 3 * SIDE * SIDE
+
+
 def test_streams_refuse_what_does_not_fit():
     stream = MODEL.stream()
     with pytest.raises(ValueError, match="got none"):

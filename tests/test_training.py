@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmae import AdaptiveTokenizer, TokenizerConfig, VideoMAE, checkpoint
+from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, VideoMAE, batches, checkpoint
 from vmae.training import (
     Clips,
     Optimisation,
@@ -111,6 +111,35 @@ def test_accumulated_parts_make_the_step_of_one_batch(moving_square, tmp_path, m
     for whole, parts in zip(runs["whole"], runs["parts"], strict=True):
         assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
         assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+
+
+def test_training_equals_a_plain_loop(moving_square, tmp_path):
+    options = {"weight_decay": 0.1, "beta1": 0.8, "beta2": 0.9, "clip_norm": 0.5, "lr": 1e-3, "seed": 3}
+    out = train_tokenizer(tokenizer_run(moving_square, tmp_path / "run", steps=20, **options))
+    torch.manual_seed(3)
+    model = AdaptiveTokenizer(TokenizerConfig.tiny())
+    clips = batches(ClipDataset(moving_square, frames=8, size=32, seed=3), 1, seed=3)
+    moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()}
+    for step in range(1, 21):
+        model.zero_grad()
+        model(next(clips)[0], seed=(3 << 32) + step - 1).loss.backward()
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
+        rate = 1e-3 * (step / 2 if step <= 2 else 0.01 + 0.99 * (1 + math.cos(math.pi * (step - 3) / 18)) / 2)
+        with torch.no_grad():  # Loshchilov and Hutter's AdamW, written out; biases and gains do not decay
+            for p, (mean, square) in moments.items():
+                grad = p.grad * min(0.5 / (norm + 1e-6), 1)
+                mean.lerp_(grad, 0.2)
+                square.lerp_(grad**2, 0.1)
+                if p.ndim > 1:
+                    p.mul_(1 - rate * 0.1)
+                p -= rate * (mean / (1 - 0.8**step)) / ((square / (1 - 0.9**step)).sqrt() + 1e-8)
+    trained = dict(checkpoint.load(AdaptiveTokenizer, out).named_parameters())
+    torch.manual_seed(3)
+    moved = dict(AdaptiveTokenizer(TokenizerConfig.tiny()).named_parameters())
+    for name, p in model.named_parameters():
+        # Rounding grows where a gradient is near 0, since Adam divides by its size.
+        error = (trained[name] - p).norm() / (p - moved[name]).norm()
+        assert error < 0.02, name
 
 
 def test_learning_rate_rises_then_follows_a_cosine():

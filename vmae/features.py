@@ -33,7 +33,7 @@ def encode_video(
     clip = load_clip(video, frames=frames, size=size, **sampling)
     place = device_of(device)
     with torch.inference_mode(), autocast(place, precision):
-        features = model.to(place).eval().encode(clip.to(place))[0].float().cpu().contiguous()
+        features = model.to(place).encode(clip.to(place))[0].float().cpu().contiguous()
     grid = (frames // 2, size // 16, size // 16)
     metadata = {
         "grid": " ".join(map(str, grid)),

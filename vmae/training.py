@@ -140,7 +140,7 @@ def pretrain(run: PretrainRun) -> Path:
     device = device_of(run.optimisation.device)
     tokenizer = None
     if needed and run.tokenizer is not None:
-        tokenizer = checkpoint.load(AdaptiveTokenizer, run.tokenizer, device).requires_grad_(False)
+        tokenizer = checkpoint.load(AdaptiveTokenizer, run.tokenizer, device)
     preset: Callable[..., VideoMAEConfig] = getattr(VideoMAEConfig, run.model)
     settings: dict[str, Any] = {"latent_width": len(tokenizer.config.levels)} if tokenizer else {}
     config = preset(
