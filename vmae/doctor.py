@@ -77,7 +77,9 @@ def _native_bf16() -> bool:
     """Whether matrix products in bfloat16 are the processor's own (AVX-512 BF16, AMX or Arm's)."""
     if platform.machine() in ("arm64", "aarch64"):
         return True
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    # PyTorch has no public question for it.
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(test() for test in tests if test)
 
 
 def _memory_gib() -> float | None:
