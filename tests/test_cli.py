@@ -1,6 +1,7 @@
 """Every command, as a user types it, on generated videos."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_demo_does_the_whole_job(moving_square, tmp_path, monkeypatch, capsys):
     for _ in range(2):  # an earlier demo is replaced
         run(monkeypatch, "demo", "--out", tmp_path / "demo", "--tokenizer-steps", "2", "--mae-steps", "2")
     names = {p.name for p in (tmp_path / "demo").iterdir()}
-    assert names == {"tokenizer", "mae", "page.html", "loss.png", "features.safetensors", "videos.txt"}
+    assert names == {demo.MARK, "tokenizer", "mae", "page.html", "loss.png", "features.safetensors", "videos.txt"}
     assert (tmp_path / "demo/loss.png").read_bytes().startswith(b"\x89PNG")
     assert "page.html" in capsys.readouterr().out
 
@@ -116,9 +117,20 @@ def test_demo_does_the_whole_job(moving_square, tmp_path, monkeypatch, capsys):
 def test_demo_leaves_other_folders_alone(moving_square, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "demo_clips", lambda: {"bigbuckbunny": moving_square})
     (tmp_path / "thesis.txt").write_text("precious")
+    (tmp_path / "videos.txt").write_text("mine.mp4 0")
     error = refused(monkeypatch, capsys, "demo", "--out", tmp_path)
     assert "holds files that are no demo's" in error
-    assert (tmp_path / "thesis.txt").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"thesis.txt", "videos.txt"}
+
+
+def test_a_refused_demo_keeps_the_earlier_one(moving_square, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "demo_clips", lambda: {"bigbuckbunny": moving_square})
+    (tmp_path / demo.MARK).write_text("")
+    (tmp_path / "page.html").write_text("earlier")
+    assert "steps: expected at least 1, got 0" in refused(
+        monkeypatch, capsys, "demo", "--out", tmp_path, "--mae-steps", "0"
+    )
+    assert (tmp_path / "page.html").read_text() == "earlier"
 
 
 def test_wrong_input_ends_with_one_line(trained, moving_square, tmp_path, monkeypatch, capsys):
@@ -126,24 +138,32 @@ def test_wrong_input_ends_with_one_line(trained, moving_square, tmp_path, monkey
     mae, tokenizer = trained / "mae", trained / "tokenizer"
     text = tmp_path / "text.mp4"
     text.write_text("no video")
+    encode = ["encode", moving_square, "--model", mae, "--out", out]
+    show = ["show", moving_square, "--tokenizer", tokenizer, "--out", out]
+    train = ["tokenizer", "--data", moving_square, "--out", out, *SMALL]
+    pretrain = ["pretrain", "--data", moving_square, "--tokenizer", tokenizer, "--out", out, *SMALL]
     cases: list[tuple[str, list]] = [
         ("missing.mp4: expected a video file, found no such file",
          ["encode", tmp_path / "missing.mp4", "--model", mae, "--out", out]),
         ("text.mp4: cannot be decoded", ["encode", text, "--model", mae, "--out", out]),
         ("expected a saved VideoMAE", ["encode", moving_square, "--model", tmp_path, "--out", out]),
-        ("is no readable VideoMAE", ["encode", moving_square, "--model", tokenizer, "--out", out]),
-        ("even number of frames, got T = 7", ["encode", moving_square, "--model", mae, "--out", out, "--frames", "7"]),
-        ("multiples of 16", ["encode", moving_square, "--model", mae, "--out", out, "--size", "50"]),
-        ("size: expected at least 1, got -2", ["encode", moving_square, "--model", mae, "--out", out, "--size", "-2"]),
-        ("frames: expected at least 1, got 0",
-         ["encode", moving_square, "--model", mae, "--out", out, "--frames", "0"]),
-        ("random: expected at most the budget",
-         ["show", moving_square, "--tokenizer", tokenizer, "--out", out, "--budget", "0.01"]),
-        ("budget: expected at most the",
-         ["show", moving_square, "--tokenizer", tokenizer, "--out", out, "--budget", "0.99"]),
-        ("found no such file", ["tokenizer", "--data", tmp_path / "nothing", "--out", out]),
-        ("mask_ratio: expected a number from 0 to 1, got 2.0",
-         ["pretrain", "--data", moving_square, "--tokenizer", tokenizer, "--out", out, "--mask-ratio", "2", *SMALL]),
+        ("is no readable VideoMAE: expected VideoMAE, found AdaptiveTokenizer",
+         ["encode", moving_square, "--model", tokenizer, "--out", out]),
+        ("frames: expected a positive multiple of 2, got 7", [*encode, "--frames", "7"]),
+        ("frames: expected a positive multiple of 2, got 0", [*encode, "--frames", "0"]),
+        ("size: expected a positive multiple of 16, got 50", [*encode, "--size", "50"]),
+        ("size: expected a positive multiple of 16, got -2", [*encode, "--size", "-2"]),
+        ("random: expected at most the budget", [*show, "--budget", "0.01"]),
+        ("budget: expected at most the", [*show, "--budget", "0.99"]),
+        ("frames: expected a positive multiple of 2, got 5", [*show, "--frames", "5"]),
+        ("found no such file", ["tokenizer", "--data", tmp_path / "nothing", "--out", out, *SMALL]),
+        ("text.mp4: cannot be decoded", ["tokenizer", "--data", text, "--out", out, *SMALL]),
+        ("steps: expected at least 1, got 0", [*train, "--steps", "0"]),
+        ("workers: expected at least 0, got -1", [*train, "--workers", "-1"]),
+        ("beta1: expected a number from 0 to below 1, got 1.5", [*train, "--beta1", "1.5"]),
+        ("mask_ratio: expected a number from 0 to 1, got 2.0", [*pretrain, "--mask-ratio", "2"]),
+        ("mask_ratio: expected at least one of 4 places to stay visible", [*pretrain, "--mask-ratio", "1"]),
+        ("budget: expected 1 to 24 of 32 tokens", [*pretrain, "--budget", "0", "--random", "0"]),
         ("tokenizer: expected a tokenizer's folder", ["pretrain", "--data", moving_square, "--out", out, *SMALL]),
     ]  # fmt: skip
     for words, arguments in cases:
@@ -153,8 +173,24 @@ def test_wrong_input_ends_with_one_line(trained, moving_square, tmp_path, monkey
 
 def test_an_output_that_cannot_be_written_is_named(trained, moving_square, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    out = tmp_path / "file" / "features.safetensors"
-    assert "file" in refused(monkeypatch, capsys, "encode", moving_square, "--model", trained / "mae", "--out", out)
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr("vmae.features.load_clip", None)  # it is refused before the work is done
+    for out, words in (
+        (tmp_path / "file" / "features.safetensors", f"expected {tmp_path / 'file'} to be a folder, found a file"),
+        (tmp_path, "expected a file to write, found a directory"),
+        (tmp_path / "pipe", "expected a file to write, found a device or pipe"),
+    ):
+        arguments = ["encode", moving_square, "--model", trained / "mae", "--out", out]
+        assert words in refused(monkeypatch, capsys, *arguments)
+    run_out = ["tokenizer", "--data", moving_square, "--out", tmp_path / "file", *SMALL]
+    assert "to be a folder, found a file" in refused(monkeypatch, capsys, *run_out)
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    checkpoint.write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "text"
 
 
 def test_the_installed_command_answers():
@@ -167,4 +203,4 @@ def test_the_installed_command_answers():
 def test_presets_can_be_made():
     with torch.device("meta"):
         for name in ("tiny", "small", "base", "large"):
-            VideoMAE(getattr(VideoMAEConfig, name)(frames=2, size=16))
+            VideoMAE(getattr(VideoMAEConfig, name)(frames=4, size=64))

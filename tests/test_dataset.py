@@ -1,6 +1,7 @@
 """Folders, lists and batches of videos."""
 
 import itertools
+import multiprocessing
 import os
 import random
 import subprocess
@@ -135,6 +136,32 @@ def test_csv_line_that_cannot_be_read(tmp_path, lines):
     else:
         assert entries == [(tmp_path / "a.mp4", -1)]
         assert lines[1].endswith(",")
+
+
+@pytest.mark.parametrize("separator", [" ", "\t", "  "])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_lists_as_other_programs_write_them(tmp_path, start, separator):
+    path = tmp_path / "list.txt"
+    path.write_text(f"{start}a b.mp4{separator}3\n\nc.mp4\n", encoding="utf-8")
+    assert read_entries(path) == [(tmp_path / "a b.mp4", 3), (tmp_path / "c.mp4", -1)]
+    path.write_text(f"{start}path,label\na b.mp4,3\n", encoding="utf-8")
+    assert read_entries(path) == [(tmp_path / "a b.mp4", 3)]
+
+
+def test_csv_without_a_header_is_named(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("a.mp4,0\nb.mp4,1\n")
+    with pytest.raises(VideoError, match=r"list\.csv:1: expected .path label., or a csv file whose header"):
+        read_entries(path)
+
+
+def test_a_killed_worker_is_named(folder):
+    source = batches(ClipDataset(folder, frames=2, size=CLIP), 1, workers=1)
+    next(source)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(OSError, match="a decoding process was killed"):
+        list(itertools.islice(source, 20))
 
 
 # --- the dataset --------------------------------------------------------------------------------------------------

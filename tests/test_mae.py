@@ -233,6 +233,40 @@ def test_wrong_configurations_are_refused(changes, words):
         make(**changes)
 
 
-def test_a_budget_above_the_hidden_tokens_is_refused():
-    with pytest.raises(ValueError, match=r"at most the 48 of 64 tokens that are hidden, got 0\.9 = 58"):
-        make(budget=0.9)(clip(), tokens(), seed=1)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget": 0.9}, r"budget: expected 1 to 48 of 64 tokens.*got 0\.9 = 58"),
+        ({"budget": 0.0, "random": 0.0}, "budget: expected 1 to 48 .*= 0"),
+        ({"mask_ratio": 1.0}, "mask_ratio: expected at least one of 16 places to stay visible"),
+        ({"mask_ratio": 0.0, "strategy": "none"}, "mask_ratio: expected at least one of 16 places to be hidden"),
+    ],
+)
+def test_impossible_masks_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        make(**changes)
+
+
+def test_masks_impossible_on_another_grid_are_refused():
+    model = make(budget=0.01, random=0.0)  # 1 of 64 tokens, and none of 16
+    with pytest.raises(ValueError, match="budget: expected 1 to 12 of 16 tokens"):
+        model(clip()[:, :, :2], tokens(grid=(1, 4, 4)), seed=1)
+
+
+def test_low_precision_model_takes_any_grid():
+    model = make().bfloat16().eval()
+    for frames in (2, 8, 4):
+        assert model.encode(clip()[:, :, :frames]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 255.0, -0.5])
+def test_videos_out_of_range_are_refused(bad):
+    video = clip().float() / 255
+    video[0, 0, 3, 5, 5] = bad
+    with pytest.raises(ValueError, match=r"expected floating point values in \[0, 1\]"):
+        make()(video, tokens(), seed=1)
+
+
+def test_seed_must_be_an_integer():
+    with pytest.raises(TypeError, match="seed: expected an integer, got float"):
+        make()(clip(), tokens(), seed=1.5)

@@ -207,7 +207,8 @@ def test_saved_and_loaded_model_gives_the_same_tokens(tmp_path):
         (torch.zeros(1, 1, 8, 32, 32), ValueError, r"\[B, 3, T, H, W\].*\[1, 1, 8, 32, 32\]"),
         (torch.zeros(3, 8, 32, 32), ValueError, r"\[3, 8, 32, 32\]"),
         (torch.zeros(1, 3, 8, 32, 32, dtype=torch.int64), TypeError, "int64"),
-        (torch.full((1, 3, 8, 32, 32), float("nan")), ValueError, "finite"),
+        (torch.full((1, 3, 8, 32, 32), float("nan")), ValueError, r"in \[0, 1\], got nan"),
+        (torch.full((1, 3, 8, 32, 32), 255.0), ValueError, r"in \[0, 1\], got 255"),
         ("dive.mp4", TypeError, "str"),
     ],
 )
@@ -244,7 +245,8 @@ def test_streams_refuse_what_does_not_fit():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"stem": 3}, "stem"), ({"tile": 7}, "tile"), ({"keep": 1.5}, "keep.*1.5"), ({"selection": "x"}, "selection.*'x'"),
-     ({"width": 0}, "width.*0")],
+     ({"width": 0}, "width.*0"), ({"levels": ()}, "levels"), ({"levels": (1, 8)}, "levels.*1, 8"),
+     ({"sigma": -1.0}, "sigma.*-1")],
 )  # fmt: skip
 def test_wrong_configurations_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):

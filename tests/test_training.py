@@ -194,9 +194,10 @@ def test_an_earlier_run_is_not_lost_by_mistake(moving_square, tmp_path):
     [({"steps": 0}, "steps.*0"), ({"batch_size": 0}, "batch_size.*0"), ({"lr": 0.0}, "lr.*0"),
      ({"lr": float("nan")}, "lr.*nan"), ({"clip_norm": -1.0}, "clip_norm.*-1")],
 )  # fmt: skip
-def test_wrong_options_are_refused(options, words):
+def test_wrong_options_are_refused(options, words, tmp_path):
     with pytest.raises(ValueError, match=words):
-        Optimisation(**options)
+        train_tokenizer(tokenizer_run(tmp_path, tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -221,10 +222,11 @@ def wait_for_steps(process: subprocess.Popen, out: Path, steps: int) -> None:
     raise AssertionError("training did not start")
 
 
-def test_interrupt_saves_the_model(moving_square, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_the_model(sent, moving_square, tmp_path):
     process = start_training(moving_square, tmp_path / "run")
     wait_for_steps(process, tmp_path / "run", 3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in errors
@@ -238,6 +240,14 @@ def test_kill_leaves_whole_files(moving_square, tmp_path):
     process.kill()
     process.communicate()
     checkpoint.load(AdaptiveTokenizer, tmp_path / "run")
+
+
+def test_what_a_killed_run_left_is_cleared(moving_square, tmp_path):
+    left = tmp_path / "run" / ".model.safetensors.abc.part"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    train_tokenizer(tokenizer_run(moving_square, tmp_path / "run", steps=1))
+    assert not left.exists()
 
 
 def test_full_disk_keeps_the_earlier_checkpoint(tokenizer_dir, tmp_path):
@@ -276,6 +286,16 @@ def test_damaged_models_are_named(tokenizer_dir, tmp_path):
         with pytest.raises(ValueError, match=f"{name}: is no readable AdaptiveTokenizer") as caught:
             checkpoint.load(AdaptiveTokenizer, folder)
         assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_another_kind_or_version_is_refused(tokenizer_dir, tmp_path):
+    with pytest.raises(ValueError, match="is no readable VideoMAE: expected VideoMAE, found AdaptiveTokenizer"):
+        checkpoint.load(VideoMAE, tokenizer_dir)
+    checkpoint.save(checkpoint.load(AdaptiveTokenizer, tokenizer_dir), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "codebook": 8}))
+    with pytest.raises(ValueError, match="unknown settings codebook"):
+        checkpoint.load(AdaptiveTokenizer, tmp_path)
 
 
 def test_pickles_are_not_read(tokenizer_dir, tmp_path):

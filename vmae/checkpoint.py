@@ -5,9 +5,9 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import nn
@@ -28,14 +28,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file beside `path` to write to; it takes path's name if the block succeeds, else it is removed."""
     from safetensors import SafetensorError
 
-    path = Path(path)
+    check_writable(path)
+    path = Path(path).resolve()  # a link is followed, not replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)  # mkstemp makes files that nobody else can read
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes files that nobody else can read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -43,6 +46,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise OSError(f"{path}: cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise `ValueError` unless a file can take this place: nothing is there, or a file, and a folder above it."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        found = "a directory" if path.is_dir() else "a device or pipe"
+        raise ValueError(f"{path}: expected a file to write, found {found}")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"{path}: expected {above} to be a folder, found a file")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -83,13 +97,14 @@ class Saved(PyTorchModelHubMixin):
 
 
 def save(model: Any, directory: str | Path) -> None:
-    """Write a model's weights and configuration; a kill at any moment leaves the earlier ones or the new ones."""
+    """Write a model's configuration, then its weights; a kill at any moment leaves each of the two whole."""
     from safetensors.torch import save_model
 
     directory = Path(directory)
+    config = {"model": type(model).__name__, **asdict(model.config)}
+    write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
     with replacing(directory / WEIGHTS) as temporary:
         save_model(model, str(temporary))
-    write_text(directory / CONFIG, json.dumps(asdict(model.config), indent=2) + "\n")
 
 
 T = TypeVar("T", bound=Saved)
@@ -108,6 +123,12 @@ def load(cls: type[T], directory: str | Path, device: str | torch.device = "cpu"
         if not (directory / name).is_file():
             raise ValueError(f"{directory}: expected a saved {cls.__name__} with {name}, found no such file")
     try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        if config.get("model") != cls.__name__:
+            raise ValueError(f"expected {cls.__name__}, found {config.get('model')}")
+        known = {field.name for field in fields(get_type_hints(cls.__init__)["config"])}
+        if unknown := config.keys() - known - {"model"}:
+            raise ValueError(f"its configuration has the unknown settings {', '.join(sorted(unknown))}")
         return cls.from_pretrained(directory, map_location=str(device))
     except (SafetensorError, json.JSONDecodeError, TypeError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]

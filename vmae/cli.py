@@ -1,11 +1,13 @@
 """The command `vmae`."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from vmae import checkpoint, doctor
@@ -67,6 +69,7 @@ def show(
     frames: int = 128,
     size: int = 224,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["bf16", "fp32"] = "bf16",
 ) -> None:
     """Write a page that shows a video's scores and what each strategy selects.
 
@@ -78,9 +81,11 @@ def show(
         frames: frames of the clip, from the middle of the video.
         size: rows and columns.
         device: where to compute.
+        precision: of the computation.
     """
+    checkpoint.check_writable(out)
     loaded = checkpoint.load(AdaptiveTokenizer, tokenizer, device_of(device))
-    page([section(video, loaded, video.name, frames, size)], masking, out)
+    page([section(video, loaded, video.name, frames, size, precision)], masking, out)
     print(f"page in {out}")
 
 
@@ -104,8 +109,13 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command; a mistake in what was asked ends with one line and exit status 1."""
+    signal.signal(signal.SIGTERM, _interrupt)  # what a scheduler sends: stop as for Ctrl-C
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="vmae", description="Long-context video masked autoencoders."
@@ -113,8 +123,8 @@ def main() -> None:
     except BrokenPipeError:  # the reader has seen enough: vmae doctor | head
         sys.stdout = None
         sys.exit(0)
-    except (ValueError, OSError) as error:  # also VideoError and TrainingError
-        print(f"vmae: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:  # also VideoError and TrainingError
+        print(f"vmae: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
         print(f"\nvmae: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)

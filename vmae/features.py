@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from vmae import checkpoint
 from vmae.mae import VideoMAE
+from vmae.tokenizer import TUBELET, check_clip
 from vmae.training import autocast, device_of
 from vmae.video import load_clip
 
@@ -30,11 +31,13 @@ def encode_video(
     """
     frames = model.config.frames if frames is None else frames
     size = model.config.size if size is None else size
+    check_clip(frames, size)
+    checkpoint.check_writable(out)
     clip = load_clip(video, frames=frames, size=size, **sampling)
     place = device_of(device)
     with torch.inference_mode(), autocast(place, precision):
         features = model.to(place).encode(clip.to(place))[0].float().cpu().contiguous()
-    grid = (frames // 2, size // 16, size // 16)
+    grid = tuple(side // step for side, step in zip((frames, size, size), TUBELET, strict=True))
     metadata = {
         "grid": " ".join(map(str, grid)),
         "video": Path(video).name,

@@ -48,7 +48,8 @@ class FrameNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         frames = x.transpose(1, 2)
-        return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        y = super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+        return y.contiguous(memory_format=torch.channels_last_3d)  # on CUDA the norm's result is not
 
 
 class ResidualBlock(nn.Module):

@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vmae.checkpoint import Saved
-from vmae.masking import STRATEGIES, Strategy, check_ratio, decoder_budget, select, tube_mask
-from vmae.tokenizer import TUBELET, Tokens, check_video
+from vmae.masking import STRATEGIES, Grid, Strategy, check_masks, select, tube_mask
+from vmae.tokenizer import TUBELET, Tokens, check_clip, check_video
 from vmae_kernels import attention, decoder_tokens, gather_tokens, tubelets
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -44,19 +44,23 @@ class VideoMAEConfig:
         for name in ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads", "latent_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.frames < 1 or self.frames % TUBELET[0]:
-            raise ValueError(f"frames: expected a positive multiple of {TUBELET[0]}, got {self.frames}")
-        if self.size < 1 or self.size % TUBELET[1]:
-            raise ValueError(f"size: expected a positive multiple of {TUBELET[1]}, got {self.size}")
+        check_clip(self.frames, self.size)
         for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
             if width % heads or width % 2:
                 raise ValueError(f"width: expected an even multiple of the number of heads, {heads}, got {width}")
+            if not 16 <= width // heads <= 128:
+                raise ValueError(f"width: expected 16 to 128 per head, got {width} / {heads}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
         if self.target not in ("latent", "pixels"):
             raise ValueError(f"target: expected latent or pixels, got {self.target!r}")
-        check_ratio("mask_ratio", self.mask_ratio)
-        decoder_budget(1, budget=self.budget, random=self.random)
+        side = self.size // TUBELET[1]
+        self.check_masks((self.frames // TUBELET[0], side, side))
+
+    def check_masks(self, grid: Grid) -> None:
+        """Raise `ValueError` unless these masks are possible on a grid."""
+        ratios = {"mask_ratio": self.mask_ratio, "budget": self.budget, "random": self.random}
+        check_masks(grid, strategy=self.strategy, **ratios)
 
     @classmethod
     def tiny(cls, **changes) -> "VideoMAEConfig":
@@ -148,8 +152,11 @@ class VideoMAE(nn.Module, Saved):
         """
         grid = check_video(clip)
         config = self.config
+        config.check_masks(grid)
         if seed is None:
             seed = int(torch.randint(2**31, ()))
+        elif isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+            raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
         self._check_tokens(tokens, clip.shape[0], grid)
         mask = tube_mask(grid, clip.shape[0], mask_ratio=config.mask_ratio, seed=seed, device=clip.device)
         selected = select(
@@ -178,7 +185,7 @@ class VideoMAE(nn.Module, Saved):
         return self._encode(clip, torch.arange(n, device=clip.device).expand(clip.shape[0], n))
 
     def _encode(self, clip: Tensor, visible: Tensor) -> Tensor:
-        n = math.prod(check_video(clip))
+        n = math.prod(clip.shape[2:]) // math.prod(TUBELET)
         if n != len(self.encoder_positions):
             self._set_positions(n)
         x = self.patch_embed(tubelets(clip, visible, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=self._input_dtype()))
@@ -194,9 +201,9 @@ class VideoMAE(nn.Module, Saved):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
     def _set_positions(self, n: int) -> None:
-        device = self.mask_token.device
+        like = self.mask_token
         for name, width in (("encoder_positions", self.config.width), ("decoder_positions", self.config.decoder_width)):
-            self.register_buffer(name, sine_cosine(n, width).to(device), persistent=False)
+            self.register_buffer(name, sine_cosine(n, width, like.device).to(like.dtype), persistent=False)
 
     def _check_tokens(self, tokens: Tokens | None, batch: int, grid: tuple[int, int, int]) -> None:
         config = self.config
@@ -223,8 +230,8 @@ class VideoMAE(nn.Module, Saved):
         return ((pixels - pixels.mean(-2, keepdim=True)) / (pixels.var(-2, keepdim=True).sqrt() + 1e-6)).flatten(2)
 
 
-def sine_cosine(n: int, width: int) -> Tensor:
+def sine_cosine(n: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Fixed positions float32 [N, D]: sines at even places, cosines at odd ones (VideoMAE's one-dimensional table)."""
-    frequency = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency
+    frequency = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+    angle = torch.arange(n, dtype=torch.float64, device=device)[:, None] * frequency
     return torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1).float()

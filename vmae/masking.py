@@ -57,6 +57,21 @@ def tube_mask(grid: Grid, batch: int, *, mask_ratio: float, seed: int, device: t
     return TubeMask(visible, hidden)
 
 
+def check_masks(grid: Grid, *, mask_ratio: float, strategy: Strategy, budget: float, random: float) -> None:
+    """Raise `ValueError` unless the encoder sees a token and the decoder finds as many as it is to reconstruct."""
+    frames, places = grid[0], grid[1] * grid[2]
+    visible = visible_places(places, mask_ratio)
+    k, hidden = decoder_budget(frames * places, budget=budget, random=random).total, frames * (places - visible)
+    if visible < 1:
+        raise ValueError(f"mask_ratio: expected at least one of {places} places to stay visible, got {mask_ratio}")
+    if hidden < 1:
+        raise ValueError(f"mask_ratio: expected at least one of {places} places to be hidden, got {mask_ratio}")
+    if strategy != "none" and not 1 <= k <= hidden:
+        raise ValueError(
+            f"budget: expected 1 to {hidden} of {frames * places} tokens, as many as are hidden, got {budget} = {k}"
+        )
+
+
 class Budget(NamedTuple):
     """How many tokens the decoder reconstructs, and how many of them are drawn at random."""
 

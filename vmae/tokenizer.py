@@ -52,6 +52,12 @@ class TokenizerConfig:
                 f"stem and multipliers: expected stem * 2 ** stages = {TUBELET[1]}, "
                 f"got {self.stem} * 2 ** {len(self.multipliers)}"
             )
+        if not self.levels or min(self.levels) < 2 or math.prod(self.levels) > 2**31:
+            raise ValueError(
+                f"levels: expected numbers of at least 2 with a product of at most 2^31, got {self.levels}"
+            )
+        if not 0 < self.sigma < math.inf:
+            raise ValueError(f"sigma: expected a number above 0, got {self.sigma}")
         for name in ("width", "blocks", "scorer_width", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -191,6 +197,8 @@ class AdaptiveTokenizer(nn.Module, Saved):
     def encode(self, video: Tensor) -> Tokens:
         """All tokens of a clip. The clip passes in time tiles, so memory does not grow with its length.
 
+        The tokens of a prefix are a prefix of the tokens, but for the scores of a prefix of two frames: they are 0.
+
         Args:
             video: [B, 3, T, H, W], uint8, or floating point in [0, 1]; T even, H and W multiples of 16.
 
@@ -265,8 +273,6 @@ class TokenStream:
         """The first `latent_frames` latent frames of a tile's tokens."""
         model = self._tokenizer
         x = model._normalise(tile)
-        if tile.is_floating_point() and not torch.isfinite(tile).all():
-            raise ValueError("video: expected finite values, got NaN or infinity")
         z = model.encoder(x, self._state)[:, :, :latent_frames]
         features = model.scorer(x)[:, :, :latent_frames]
         scores = token_scores(features, self._features)
@@ -301,7 +307,20 @@ def check_video(video: Tensor, *, chunk: bool = False) -> Grid:
         raise ValueError(f"video: expected an even number of frames, got T = {t}")
     if h % TUBELET[1] or w % TUBELET[2] or not h or not w:
         raise ValueError(f"video: expected rows and columns in multiples of {TUBELET[1]}, got [H, W] = {[h, w]}")
+    # Elsewhere than on a CPU a look at the values waits for the device: there only streams, which run once, take it.
+    looks = (video.is_cpu or chunk) and not torch.compiler.is_compiling()
+    if looks and video.is_floating_point() and video.numel():
+        low, high = (float(bound) for bound in video.detach().aminmax())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails too; the slack is for resized videos
+            raise ValueError(f"video: expected floating point values in [0, 1], got {low:g} to {high:g}")
     return t // TUBELET[0], h // TUBELET[1], w // TUBELET[2]
+
+
+def check_clip(frames: int, size: int) -> None:
+    """Raise `ValueError` unless clips of this size are made of whole tubelets."""
+    for name, value, step in (("frames", frames, TUBELET[0]), ("size", size, TUBELET[1])):
+        if value < 1 or value % step:
+            raise ValueError(f"{name}: expected a positive multiple of {step}, got {value}")
 
 
 def _standardised(scores: Tensor) -> Tensor:

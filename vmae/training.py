@@ -1,6 +1,7 @@
 """Training: the tokenizer and the masked autoencoder, by one loop that logs, saves and stops cleanly."""
 
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -19,7 +20,7 @@ from vmae.dataset import ClipDataset, batches
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import Strategy
 from vmae.memory import memory_gib
-from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig
+from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig, check_clip
 
 LOG, RUN = "log.jsonl", "run.json"
 
@@ -44,6 +45,12 @@ class Clips:
     """What to do with a video shorter than a clip: begin again at its start, or skip it."""
     workers: int = 1
     """Processes that decode."""
+
+    def check(self) -> None:
+        """Raise `ValueError` for a setting out of range: not at construction, which the command line reports badly."""
+        check_clip(self.frames, self.size)
+        if self.workers < 0:
+            raise ValueError(f"workers: expected at least 0, got {self.workers}")
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,22 @@ class Optimisation:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise `ValueError` for a setting out of range."""
         for name in ("steps", "batch_size", "accumulate", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number from 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number from 0 to below 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed: expected an integer from 0 to 2^31 - 1, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -122,8 +138,18 @@ class PretrainRun:
     """Replace a run that `out` already holds."""
 
 
+def check_run(run: TokenizerRun | PretrainRun) -> None:
+    """Raise `ValueError` for what can be seen to be wrong before any work."""
+    run.clips.check()
+    run.optimisation.check()
+    checkpoint.check_writable(run.out / RUN)
+    if not run.overwrite and any((run.out / name).exists() for name in (LOG, checkpoint.WEIGHTS)):
+        raise ValueError(f"{run.out}: already holds a run; choose another --out, or give --overwrite to replace it")
+
+
 def train_tokenizer(run: TokenizerRun) -> Path:
     """Returns the folder of the trained tokenizer."""
+    check_run(run)
     preset: Callable[..., TokenizerConfig] = getattr(TokenizerConfig, run.model)
     torch.manual_seed(run.optimisation.seed)
     model = AdaptiveTokenizer(preset(selection=run.selection))
@@ -132,6 +158,7 @@ def train_tokenizer(run: TokenizerRun) -> Path:
 
 def pretrain(run: PretrainRun) -> Path:
     """Returns the folder of the pretrained model."""
+    check_run(run)
     needed = run.target == "latent" or run.strategy == "adaptive"
     if needed and run.tokenizer is None:
         raise ValueError(
@@ -194,8 +221,6 @@ def _fit(model: Any, loss_of: Callable[[Tensor, int], Tensor], run: TokenizerRun
         short=source.short,
         seed=options.seed,
     )
-    _claim(out, run.overwrite)
-    checkpoint.write_text(out / RUN, json.dumps(asdict(run), indent=2, default=str) + "\n")
     device = device_of(options.device)
     model.to(device).train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -206,11 +231,15 @@ def _fit(model: Any, loss_of: Callable[[Tensor, int], Tensor], run: TokenizerRun
     clips = _on_device(
         batches(dataset, options.batch_size, workers=source.workers, seed=options.seed, skipped=skipped), device
     )
+    clips = itertools.chain([next(clips)], clips)  # videos that cannot be used show before anything is written
+    _clear(out)
+    checkpoint.write_text(out / RUN, json.dumps(asdict(run), indent=2, default=str) + "\n")
+    told: set[str] = set()
     step = 0
     with open(out / LOG, "w", encoding="utf-8") as log, _progress(options.steps, out.name) as bar:
         try:
             for step in range(options.steps):
-                begin, reported = time.perf_counter(), len(skipped)
+                begin = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, options)
                 loss = _backward(loss_of, clips, step, options, device)
@@ -223,8 +252,9 @@ def _fit(model: Any, loss_of: Callable[[Tensor, int], Tensor], run: TokenizerRun
                 optimizer.step()
                 optimizer.zero_grad()
                 rate = options.batch_size * options.accumulate / (time.perf_counter() - begin)
-                for reason in skipped[reported:]:
+                for reason in set(skipped) - told:
                     bar.write(f"skipped: {reason}", file=sys.stderr)
+                told.update(skipped)
                 line = {
                     "step": step,
                     "loss": loss,
@@ -241,10 +271,12 @@ def _fit(model: Any, loss_of: Callable[[Tensor, int], Tensor], run: TokenizerRun
                 if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
                     checkpoint.save(model, out)
         except KeyboardInterrupt:
+            if step == 0:
+                raise KeyboardInterrupt("stopped before the first step was done") from None
             checkpoint.save(model, out)
             raise KeyboardInterrupt(f"stopped at step {step}; the model so far is in {out}") from None
-    if skipped:
-        print(f"skipped {len(skipped)} times a video that could not be used", file=sys.stderr)
+    if told:
+        print(f"skipped {len(told)} videos that could not be used", file=sys.stderr)
     return out
 
 
@@ -278,8 +310,9 @@ def _progress(steps: int, name: str) -> Any:
     return contextlib.closing(bar)
 
 
-def _claim(out: Path, overwrite: bool) -> None:
-    """Make sure that no earlier run is lost by mistake."""
-    if not overwrite and any((out / name).exists() for name in (LOG, checkpoint.WEIGHTS)):
-        raise ValueError(f"{out}: already holds a run; choose another --out, or give --overwrite to replace it")
-    out.mkdir(parents=True, exist_ok=True)
+def _clear(out: Path) -> None:
+    """Remove an earlier run, so that its weights never stand beside this one's configuration."""
+    for name in (checkpoint.WEIGHTS, checkpoint.CONFIG, LOG, RUN):
+        (out / name).unlink(missing_ok=True)
+        for left in out.glob(f".{name}.*.part"):  # by a run that was killed while it wrote
+            left.unlink()

@@ -103,7 +103,8 @@ def check_sampling(frames: int, size: int, fps: float | None, stride: int, start
         raise ValueError(f"fps: expected a number above 0, got {fps}")
     if fps is not None and stride != 1:
         raise ValueError(f"stride: expected 1 where fps is given, got {stride}")
-    if start not in ("center", "random") and (isinstance(start, str) or start < 0):
+    is_number = isinstance(start, int) and not isinstance(start, bool)
+    if start not in ("center", "random") and not (is_number and int(start) >= 0):
         raise ValueError(f"start: expected 'center', 'random' or a frame number from 0, got {start!r}")
     if short not in ("loop", "refuse"):
         raise ValueError(f"short: expected 'loop' or 'refuse', got {short!r}")

@@ -51,8 +51,9 @@ register(
 
 def _check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
     dtype_in("q", q, FLOATS)
-    count("d, the size of a head,", q.shape[-1], 16, 128)
+    count("d", q.shape[-1], 16, 128, "the size of a head")
     for name, x in (("k", k), ("v", v)):
+        dtype_in(name, x, FLOATS)
         if not torch.is_autocast_enabled(q.device.type):
             same_dtype(name, x, "q", q)
         same_device(name, x, "q", q)
@@ -67,11 +68,12 @@ def attention(
         q: [B, H, M, d], float32, float16 or bfloat16 (float64 on CPU); d from 16 to 128.
         k, v: [B, H, N, d], the dtype of q.
         scale: multiplies the scores; 1 / sqrt(d) by default.
-        kv_indices: [B, S], int32 or int64, distinct in each row: attend to these rows of k and v only, without a
-            gathered copy on CUDA. Rows not named get a zero gradient.
+        kv_indices: [B, S], int32 or int64, distinct in each row: attend to these rows of k and v only. Rows not named
+            get a zero gradient.
 
     Returns:
-        [B, H, M, d] in q's dtype. Memory is O(M); forward and backward are deterministic.
+        [B, H, M, d] in q's dtype. On a CPU memory is O(M) and forward and backward are deterministic; on CUDA both are
+        those of the backend that PyTorch picks, until this operation has a kernel of its own.
 
     Raises:
         TypeError: dtypes differ or are not floating point.

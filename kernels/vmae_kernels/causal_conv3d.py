@@ -46,6 +46,8 @@ def causal_conv3d(
         TypeError: dtypes differ or are not floating point.
         ValueError: shapes do not match, kt < st, or T is no positive multiple of st.
 
+    Until the operation has kernels of its own, the frames before x are concatenated with it; space is not copied.
+
     Under autocast: casts as `torch.nn.functional.conv3d` does; the cache keeps x's dtype.
 
     Source: Yu et al., "Language model beats diffusion" (MAGVIT-v2, ICLR 2024), section 3.2, for the causal convolution.
@@ -53,8 +55,10 @@ def causal_conv3d(
     b, c, t, h, w = sizes("x", x, "B C T H W")
     dtype_in("x", x, FLOATS)
     o, _, kt, kh, kw = sizes("weight", weight, "O C kt kh kw", C=c)
-    if len(stride) != 3 or min(stride) < 1:
-        raise ValueError(f"stride: expected three positive integers (time, rows, columns), got {tuple(stride)}")
+    if not isinstance(stride, Sequence) or len(stride) != 3 or min(stride) < 1:
+        raise ValueError(f"stride: expected three positive integers (time, rows, columns), got {stride}")
+    if min(o, c, kt, kh, kw) < 1:
+        raise ValueError(f"weight: expected sizes of at least 1, got {list(weight.shape)}")
     st = stride[0]
     if kt < st:
         raise ValueError(f"weight: expected kt of at least the stride in time, {st}, got kt = {kt}")

@@ -48,7 +48,8 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
     if k == 0 or k == n:
         return torch.full(scores.shape, k > 0, dtype=torch.bool, device=scores.device)
     keys = ordered_keys(scores)
-    threshold = keys.kthvalue(n - k + 1, dim=-1, keepdim=True).values
+    # Not kthvalue: on CUDA it is refused where deterministic algorithms are asked for.
+    threshold = keys.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, equal = keys > threshold, keys == threshold
     missing = k - above.sum(-1, keepdim=True)
     return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= missing))
