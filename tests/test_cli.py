@@ -64,21 +64,14 @@ def test_encode_writes_features_and_grid(trained, moving_square, tmp_path, monke
     with torch.no_grad():
         expected = model.encode(load_clip(moving_square, frames=16, size=32))[0]
     torch.testing.assert_close(features, expected)
-    run(
-        monkeypatch,
-        "encode",
-        moving_square,
-        "--model",
-        trained / "mae",
-        "--out",
-        out,
-        "--frames",
-        "32",
-        "--stride",
-        "1",
-    )
+    arguments = ["encode", moving_square, "--model", trained / "mae", "--out", out, "--precision", "fp32"]
+    run(monkeypatch, *arguments, "--frames", "32", "--stride", "2")
     with safe_open(out, framework="pt") as file:
-        assert file.get_tensor("features").shape == (64, 192)
+        features, metadata = file.get_tensor("features"), file.metadata()
+    with torch.no_grad():
+        expected = model.encode(load_clip(moving_square, frames=32, size=32, stride=2))[0]
+    torch.testing.assert_close(features, expected)
+    assert (metadata["grid"], metadata["frames"], metadata["stride"]) == ("16 2 2", "32", "2")
 
 
 def test_show_writes_one_self_contained_page(trained, moving_square, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Training runs: logs, checkpoints, determinism, and what happens when something goes wrong."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -151,6 +152,25 @@ def test_learning_rate_rises_then_follows_a_cosine():
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] < 0.025
     assert [learning_rate(i, Optimisation(steps=1, lr=2.0)) for i in range(1)] == [2.0]
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"stride": 3}, {"fps": 5.0}, {"short": "refuse"}, {"frames": 4}, {"size": 64}], ids=str
+)
+def test_clips_are_taken_as_asked(sampling, moving_square, tmp_path, monkeypatch):
+    run = tokenizer_run(moving_square, tmp_path / "run", seed=7)
+    clips = dataclasses.replace(run.clips, **sampling)
+    asked = {}
+
+    def dataset(data, **how):
+        asked.update(how, data=data)
+        return ClipDataset(data, **how)
+
+    monkeypatch.setattr("vmae.training.ClipDataset", dataset)
+    train_tokenizer(dataclasses.replace(run, clips=clips))
+    settings = dataclasses.asdict(clips)
+    del settings["workers"]
+    assert asked == {**settings, "data": moving_square, "seed": 7}
 
 
 def test_unusable_videos_are_skipped_and_counted(video_folder, tmp_path, capsys):
