@@ -181,7 +181,7 @@ def test_unselected_tokens_do_not_reach_the_reconstruction():
     model = make(keep=0.5)
     clip = video(frames=8)
     output = model(clip, seed=0)
-    x = model._normalise(clip)
+    x = model.normalised(clip)
     z = model.encoder(x).flatten(2).transpose(1, 2)
     z = torch.where(output.weights[..., None] > 0, z, torch.zeros(()))
     latents, _ = torch.ops.vmae_kernels.fsq(z, list(model.config.levels))
@@ -228,7 +228,7 @@ def test_a_stream_starts_anew_after_its_end():
 def test_a_stream_holds_less_than_a_tile():
     stream = MODEL.stream()
     stream.push(video(frames=20))
-    assert stream._pending.untyped_storage().nbytes() == 4 * 3 * SIDE * SIDE
+    assert stream._held.untyped_storage().nbytes() == 4 * 3 * SIDE * SIDE
 
 
 def test_streams_refuse_what_does_not_fit():

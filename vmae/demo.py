@@ -10,7 +10,8 @@ from vmae import checkpoint
 from vmae.features import encode_video
 from vmae.mae import VideoMAE
 from vmae.report import Masking, Section, loss_plot, page, read_losses
-from vmae.tokenizer import AdaptiveTokenizer, check_clip
+from vmae.tokenizer import AdaptiveTokenizer
+from vmae.tokens import check_clip
 from vmae.training import (
     LOG,
     Clips,

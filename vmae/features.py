@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from vmae import checkpoint
 from vmae.mae import VideoMAE
-from vmae.tokenizer import TUBELET, check_clip
+from vmae.tokens import TUBELET, check_clip
 from vmae.training import autocast, device_of
 from vmae.video import load_clip
 

@@ -34,9 +34,10 @@ class CausalConv3d(nn.Module):
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
         if state is None:
             return causal_conv3d(x, self.weight, self.bias, stride=self.stride)
-        y, state[self] = causal_conv3d(
-            x, self.weight, self.bias, stride=self.stride, cache=state.get(self), return_cache=True
-        )
+        cache = state.get(self)
+        if cache is not None:
+            cache = cache.to(x.dtype)  # a stream may go on in another precision
+        y, state[self] = causal_conv3d(x, self.weight, self.bias, stride=self.stride, cache=cache, return_cache=True)
         return y
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vmae.checkpoint import Saved
 from vmae.masking import STRATEGIES, Grid, Strategy, check_masks, select, tube_mask
-from vmae.tokenizer import TUBELET, Tokens, check_clip, check_video
+from vmae.tokens import TUBELET, Tokens, check_clip, check_video
 from vmae_kernels import attention, decoder_tokens, gather_tokens, tubelets
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

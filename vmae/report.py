@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vmae import checkpoint
 from vmae.masking import STRATEGIES, Strategy, TubeMask, select, tube_mask
-from vmae.tokenizer import TUBELET, Tokens
+from vmae.tokens import TUBELET, Tokens
 
 LATENT_FRAMES_SHOWN = 8
 _VISIBLE_TINT = np.array([64, 128, 255], dtype=np.float32)

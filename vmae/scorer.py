@@ -4,20 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmae.layers import CausalConv3d
-
 
 class Scorer(nn.Module):
     """Two strided convolutions from pixels to one feature vector per token (LVMAE, section 3).
 
-    A feature sees its own two frames only, so that no state but the last feature passes from tile to tile.
+    Their kernels are as large as their strides: a feature sees its own tubelet and nothing else. With larger kernels what
+    moves beside a still token would raise its score, and a kernel of odd size is not even centred on the token.
     """
 
     def __init__(self, width: int):
         super().__init__()
-        self.first = CausalConv3d(3, width, (2, 7, 7), stride=(2, 4, 4))
+        self.first = nn.Conv3d(3, width, (2, 4, 4), stride=(2, 4, 4))
         # Without a bias: it would cancel in the distance of two features.
-        self.second = CausalConv3d(width, width, (1, 7, 7), stride=(1, 4, 4), bias=False)
+        self.second = nn.Conv3d(width, width, (1, 4, 4), stride=(1, 4, 4), bias=False)
 
     def forward(self, video: Tensor) -> Tensor:
         """[B, 3, T, H, W] in [-1, 1] -> features [B, D, T / 2, H / 16, W / 16]."""

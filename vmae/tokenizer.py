@@ -13,9 +13,9 @@ from vmae.checkpoint import Saved
 from vmae.layers import CausalConv3d, FrameNorm, ResidualBlock, State, Upsample
 from vmae.masking import Grid, check_ratio, share
 from vmae.scorer import Scorer, token_scores
+from vmae.stream import TokenStream, VideoStream
+from vmae.tokens import TUBELET, Tokens, check_video, joined
 from vmae_kernels import fsq, soft_topk, topk
-
-TUBELET = (2, 16, 16)  # frames, rows and columns of a token
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,6 @@ class TokenizerConfig:
     @classmethod
     def base(cls, **changes) -> "TokenizerConfig":
         return cls(**changes)
-
-
-class Tokens(NamedTuple):
-    """A clip's tokens, N = T * H * W of the grid, time first.
-
-    latents: [B, N, L], quantized, in [-1, 1]; codes: int32 [B, N]; scores: float32 [B, N]; grid: (T, H, W).
-    """
-
-    latents: Tensor
-    codes: Tensor
-    scores: Tensor
-    grid: Grid
 
 
 class TokenizerOutput(NamedTuple):
@@ -168,12 +156,12 @@ class AdaptiveTokenizer(nn.Module, Saved):
         All tokens of the first latent frame are kept. `video` as for `encode`; `seed` keys the top-k's noise.
         """
         grid = check_video(video)
-        x = self._normalise(video)
+        x = self.normalised(video)
         z = rearrange(self.encoder(x), "b l t h w -> b (t h w) l")
         scores = token_scores(self.scorer(x))
         weights = self.keep_weights(scores, grid, seed=seed)
         quantized, _ = fsq(z.float() * weights[..., None], self.config.levels)
-        y = self.decoder(self._as_grid(quantized, grid))
+        y = self.decoder(self.as_grid(quantized, grid))
         return TokenizerOutput(F.mse_loss(y.float(), x), y, weights)
 
     def keep_weights(self, scores: Tensor, grid: Grid, *, seed: int) -> Tensor:
@@ -194,151 +182,54 @@ class AdaptiveTokenizer(nn.Module, Saved):
                 weights = weights + surrogate - surrogate.detach()
         return torch.cat((torch.ones_like(scores[:, :first]), weights), dim=1)
 
-    def encode(self, video: Tensor) -> Tokens:
+    def encode(self, video: Tensor, *, window: int | None = None) -> Tokens:
         """All tokens of a clip. The clip passes in time tiles, so memory does not grow with its length.
 
         The tokens of a prefix are a prefix of the tokens, but for the scores of a prefix of two frames: they are 0.
 
         Args:
             video: [B, 3, T, H, W], uint8, or floating point in [0, 1]; T even, H and W multiples of 16.
+            window: frames; each window of so many is encoded as a clip of its own (the paper's way, with 16), the last
+                one perhaps shorter. None lets every token see all that came before.
 
         Raises:
-            ValueError: shape, dtype or values are not as above.
+            ValueError: shape, dtype, values or window are not as above.
         """
         check_video(video)
-        stream = self.stream()
-        parts = [stream.push(video), stream.flush()]
-        return _joined(parts)
+        stream = self.stream(window=window)
+        return joined([stream.push(video), stream.flush()])
 
-    def stream(self) -> "TokenStream":
-        """Encode a video as it comes: bitwise the tokens of `encode`, whatever the chunks."""
-        return TokenStream(self)
+    def stream(self, *, window: int | None = None) -> TokenStream:
+        """Encode a video as it comes: `push(frames)`, then `flush()`; bitwise the tokens of `encode`, whatever the pieces.
 
-    @torch.no_grad()
-    def decode(self, tokens: Tokens) -> Tensor:
-        """The video [B, 3, T, H, W] in [0, 1], in the latents' dtype, that the tokens stand for."""
-        frames = self._as_grid(tokens.latents, tokens.grid)
-        state: State = {}
-        parts = [self.decoder(part, state) for part in frames.split(self.config.tile // TUBELET[0], dim=2)]
-        return ((torch.cat(parts, dim=2) + 1) / 2).clamp(0, 1).to(tokens.latents.dtype)
+        Memory is that of one tile of time (`config.tile` frames), whatever the length. `state_dict` and
+        `load_state_dict` save a stream and go on from it, `to` moves it between devices. For `window` see `encode`.
+        """
+        return TokenStream(self, window)
 
-    def _normalise(self, video: Tensor) -> Tensor:
+    def decode(self, tokens: Tokens, *, window: int | None = None) -> Tensor:
+        """The video [B, 3, T, H, W] in [0, 1], in the latents' dtype, that the tokens stand for.
+
+        `window`: the one that the tokens were encoded with.
+        """
+        stream = self.decode_stream(window=window)
+        return torch.cat([stream.push(tokens), stream.flush()], dim=2)
+
+    def decode_stream(self, *, window: int | None = None) -> VideoStream:
+        """Decode tokens as they come: `push(tokens)`, then `flush()`; bitwise the video of `decode`. See `stream`."""
+        return VideoStream(self, window)
+
+    def normalised(self, video: Tensor) -> Tensor:
+        """A video as the networks take it: in [-1, 1], in the weights' dtype, channels last."""
         video = video.contiguous(memory_format=torch.channels_last_3d)
         scale = 127.5 if video.dtype == torch.uint8 else 0.5
         return video.to(self.encoder.stem.weight.dtype) / scale - 1
 
-    def _as_grid(self, tokens: Tensor, grid: Grid) -> Tensor:
+    def as_grid(self, latents: Tensor, grid: Grid) -> Tensor:
         """[B, N, L] -> [B, L, T, H, W], channels last."""
-        return tokens.unflatten(1, grid).permute(0, 4, 1, 2, 3)
-
-
-class TokenStream:
-    """Tokens of a video that comes in chunks; see `AdaptiveTokenizer.stream`."""
-
-    def __init__(self, tokenizer: AdaptiveTokenizer):
-        self._tokenizer = tokenizer
-        self._pending: Tensor | None = None
-        self._state: State = {}
-        self._features: Tensor | None = None
-
-    @torch.no_grad()
-    def push(self, frames: Tensor) -> Tokens:
-        """Take frames [B, 3, T, H, W], any T; returns the tokens of the tiles that are full now, perhaps none."""
-        check_video(frames, chunk=True)
-        if self._pending is not None:
-            frames = _appended(self._pending, frames)
-        tile = self._tokenizer.config.tile
-        full = frames.shape[2] // tile * tile
-        parts = [self._encode(part, tile // TUBELET[0]) for part in frames[:, :, :full].split(tile, dim=2) if full]
-        self._pending = frames[:, :, full:].clone()  # what is kept must not keep the whole chunk alive
-        return _joined(parts) if parts else self._none()
-
-    @torch.no_grad()
-    def flush(self) -> Tokens:
-        """The tokens of the frames still held; the stream then starts anew."""
-        if self._pending is None:
-            raise ValueError("flush: expected frames pushed before, got none")
-        left = self._pending.shape[2]
-        if left % TUBELET[0]:
-            raise ValueError(f"flush: expected an even number of frames in all, {left} are left over after full tiles")
-        tokens = self._none()
-        if left:
-            missing = self._tokenizer.config.tile - left
-            padded = torch.cat((self._pending, self._pending[:, :, -1:].expand(-1, -1, missing, -1, -1)), dim=2)
-            tokens = self._encode(padded, left // TUBELET[0])
-        self._pending, self._state, self._features = None, {}, None
-        return tokens
-
-    def _encode(self, tile: Tensor, latent_frames: int) -> Tokens:
-        """The first `latent_frames` latent frames of a tile's tokens."""
-        model = self._tokenizer
-        x = model._normalise(tile)
-        z = model.encoder(x, self._state)[:, :, :latent_frames]
-        features = model.scorer(x)[:, :, :latent_frames]
-        scores = token_scores(features, self._features)
-        self._features = features[:, :, -1:].clone()
-        quantized, codes = fsq(rearrange(z, "b l t h w -> b (t h w) l").float(), model.config.levels)
-        return Tokens(quantized, codes, scores, (z.shape[2], z.shape[3], z.shape[4]))
-
-    def _none(self) -> Tokens:
-        """Tokens of no frames."""
-        assert self._pending is not None
-        batch, _, _, height, width = self._pending.shape
-        empty = self._pending.new_empty
-        levels = len(self._tokenizer.config.levels)
-        return Tokens(
-            empty((batch, 0, levels), dtype=torch.float32),
-            empty((batch, 0), dtype=torch.int32),
-            empty((batch, 0), dtype=torch.float32),
-            (0, height // TUBELET[1], width // TUBELET[2]),
-        )
-
-
-def check_video(video: Tensor, *, chunk: bool = False) -> Grid:
-    """The token grid of a video [B, 3, T, H, W]; a chunk may have any number of frames."""
-    if not isinstance(video, Tensor):
-        raise TypeError(f"video: expected a tensor [B, 3, T, H, W], got {type(video).__name__}")
-    if video.ndim != 5 or video.shape[1] != 3:
-        raise ValueError(f"video: expected shape [B, 3, T, H, W], got {list(video.shape)}")
-    if video.dtype != torch.uint8 and not video.is_floating_point():
-        raise TypeError(f"video: expected dtype uint8 or floating point in [0, 1], got {video.dtype}")
-    t, h, w = video.shape[2:]
-    if not chunk and (t % TUBELET[0] or t == 0):
-        raise ValueError(f"video: expected an even number of frames, got T = {t}")
-    if h % TUBELET[1] or w % TUBELET[2] or not h or not w:
-        raise ValueError(f"video: expected rows and columns in multiples of {TUBELET[1]}, got [H, W] = {[h, w]}")
-    # Elsewhere than on a CPU a look at the values waits for the device: there only streams, which run once, take it.
-    looks = (video.is_cpu or chunk) and not torch.compiler.is_compiling()
-    if looks and video.is_floating_point() and video.numel():
-        low, high = (float(bound) for bound in video.detach().aminmax())
-        if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails too; the slack is for resized videos
-            raise ValueError(f"video: expected floating point values in [0, 1], got {low:g} to {high:g}")
-    return t // TUBELET[0], h // TUBELET[1], w // TUBELET[2]
-
-
-def check_clip(frames: int, size: int) -> None:
-    """Raise `ValueError` unless clips of this size are made of whole tubelets."""
-    for name, value, step in (("frames", frames, TUBELET[0]), ("size", size, TUBELET[1])):
-        if value < 1 or value % step:
-            raise ValueError(f"{name}: expected a positive multiple of {step}, got {value}")
+        return latents.unflatten(1, grid).permute(0, 4, 1, 2, 3)
 
 
 def _standardised(scores: Tensor) -> Tensor:
     """Scores of each clip with mean 0 and standard deviation 1."""
     return (scores - scores.mean(1, keepdim=True)) / (scores.std(1, correction=0, keepdim=True) + 1e-6)
-
-
-def _appended(pending: Tensor, frames: Tensor) -> Tensor:
-    same = (pending.dtype, pending.shape[:2], pending.shape[3:]) == (frames.dtype, frames.shape[:2], frames.shape[3:])
-    if not same:
-        raise ValueError(
-            f"frames: expected chunks of one shape and dtype, {list(pending.shape)} {pending.dtype}, "
-            f"got {list(frames.shape)} {frames.dtype}"
-        )
-    return torch.cat((pending, frames), dim=2)
-
-
-def _joined(parts: list[Tokens]) -> Tokens:
-    latents, codes, scores, grids = zip(*parts, strict=True)
-    frames = sum(grid[0] for grid in grids)
-    return Tokens(torch.cat(latents, 1), torch.cat(codes, 1), torch.cat(scores, 1), (frames, *grids[0][1:]))

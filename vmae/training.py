@@ -20,7 +20,8 @@ from vmae.dataset import ClipDataset, batches
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import Strategy
 from vmae.memory import memory_gib
-from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig, check_clip
+from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig
+from vmae.tokens import check_clip
 
 LOG, RUN = "log.jsonl", "run.json"
 
