@@ -13,8 +13,6 @@ import argparse
 import datetime
 import gc
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import machine, resident
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -100,12 +99,6 @@ def measure(name: str, frames: int, steps: int) -> dict:
     return {"seconds": seconds, "gib": gib, "loss": loss, "profile": shares}
 
 
-def resident(field: str) -> float:
-    """GiB of this process's memory, now (VmRSS) or at its peak (VmHWM)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 2**20
-
-
 def clip(frames: int) -> torch.Tensor:
     from vmae import load_clip
     from vmae.demo import demo_clips
@@ -159,29 +152,6 @@ STEPS: dict[str, Callable[[int], Callable[[], float]]] = {
     "huggingface-fp32": lambda frames: huggingface_step(frames, torch.float32),
     "huggingface-bf16": lambda frames: huggingface_step(frames, torch.bfloat16),
 }
-
-
-def machine() -> dict:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    cpu = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("transformers", "vmae"):
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "none"
-    return {
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": versions,
-        "commit": commit.stdout.strip(),
-    }
 
 
 if __name__ == "__main__":

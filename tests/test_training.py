@@ -16,23 +16,17 @@ import pytest
 import torch
 
 from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, VideoMAE, batches, checkpoint
-from vmae.training import (
-    Clips,
-    Optimisation,
-    PretrainRun,
-    TokenizerRun,
-    TrainingError,
-    learning_rate,
-    pretrain,
-    train_tokenizer,
-)
+from vmae.pretraining import PretrainRun, pretrain
+from vmae.tokenizer_training import TokenizerRun, train_tokenizer
+from vmae.training import PATIENCE, Clips, Optimisation, TrainingError, learning_rate
 
 
 def tokenizer_run(data: Path, out: Path, *, steps: int = 3, workers: int = 0, overwrite: bool = False, **options):
+    """Without adversary, averaging or steps that keep all tokens: those have tests of their own."""
     options = {"precision": "fp32", "lr": 2e-3, **options}
     clips = Clips(frames=8, size=32, workers=workers)
     return TokenizerRun(data, out, model="tiny", clips=clips, optimisation=Optimisation(steps=steps, **options),
-                        overwrite=overwrite)  # fmt: skip
+                        overwrite=overwrite, gan=0.0, ema=0.0, keep_all=0.0)  # fmt: skip
 
 
 def pretrain_run(data: Path, out: Path, tokenizer: Path | None, *, steps: int = 3, **changes):
@@ -101,8 +95,10 @@ def test_pretraining_leaves_the_tokenizer_alone(moving_square, tokenizer_dir, tm
 
 
 def test_accumulated_parts_make_the_step_of_one_batch(moving_square, tmp_path, monkeypatch):
-    def loss(self, video, *, seed):  # without masks or noise, so that only the batches differ
-        return type("Output", (), {"loss": (self.encoder(video.float() / 255) ** 2).mean()})
+    original = AdaptiveTokenizer.forward
+
+    def loss(self, video, *, seed, keep):  # without masks or noise, so that only the batches differ
+        return original(self, video, seed=seed)._replace(loss=(self.encoder(video.float() / 255) ** 2).mean())
 
     monkeypatch.setattr(AdaptiveTokenizer, "forward", loss)
     runs = {
@@ -185,16 +181,39 @@ def test_nothing_but_unusable_videos_is_an_error(tmp_path):
         train_tokenizer(tokenizer_run(tmp_path, tmp_path / "run"))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(moving_square, tmp_path, monkeypatch):
+def break_steps(monkeypatch, broken) -> None:
+    """Make the loss of these steps NaN."""
     original = AdaptiveTokenizer.forward
 
-    def broken(self, video, *, seed):
-        output = original(self, video, seed=seed)
-        return output._replace(loss=output.loss * (float("nan") if seed == 2 else 1))
+    def forward(self, video, *, seed, keep=None):
+        output = original(self, video, seed=seed, keep=keep)
+        return output._replace(loss=output.loss * (float("nan") if seed in broken else 1))
 
-    monkeypatch.setattr(AdaptiveTokenizer, "forward", broken)
-    with pytest.raises(TrainingError, match=r"step 2: expected a finite loss.*nan"):
-        train_tokenizer(tokenizer_run(moving_square, tmp_path / "run", save_every=2))
+    monkeypatch.setattr(AdaptiveTokenizer, "forward", forward)
+
+
+def test_a_batch_that_gives_no_number_changes_nothing(moving_square, tmp_path, monkeypatch, capsys):
+    break_steps(monkeypatch, {2, 3})
+    saved, save = [], checkpoint.save
+
+    def recorded(model, out):
+        saved.append(model.encoder.stem.weight.clone())
+        save(model, out)
+
+    monkeypatch.setattr(checkpoint, "save", recorded)
+    out = train_tokenizer(tokenizer_run(moving_square, tmp_path / "run", steps=6, save_every=1))
+    assert [line["loss"] is None for line in log_of(out)] == [False, False, True, True, False, False]
+    assert "step 2: loss nan" in capsys.readouterr().err
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(saved)]
+    assert changed == [True, False, False, True, True]
+    assert all(p.isfinite().all() for p in checkpoint.load(AdaptiveTokenizer, out).parameters())
+
+
+def test_loss_after_loss_that_is_no_number_stops_the_run(moving_square, tmp_path, monkeypatch):
+    break_steps(monkeypatch, range(2, 2 + PATIENCE))
+    words = rf"step {1 + PATIENCE}: the training diverged: expected a finite loss.*nan.*{PATIENCE} times in a row"
+    with pytest.raises(TrainingError, match=words):
+        train_tokenizer(tokenizer_run(moving_square, tmp_path / "run", steps=20, save_every=2))
     model = checkpoint.load(AdaptiveTokenizer, tmp_path / "run")
     assert all(p.isfinite().all() for p in model.parameters())
 

@@ -1,5 +1,6 @@
 """The command `vmae`."""
 
+import dataclasses
 import json
 import signal
 import sys
@@ -12,18 +13,35 @@ import tyro
 
 from vmae import checkpoint, doctor
 from vmae.demo import demo, section
+from vmae.evaluation import table
 from vmae.features import encode_video
 from vmae.mae import VideoMAE
+from vmae.pretraining import PretrainRun, pretrain
 from vmae.report import Masking, page
 from vmae.tokenizer import AdaptiveTokenizer
-from vmae.training import PretrainRun, TokenizerRun, device_of, pretrain, train_tokenizer
+from vmae.tokenizer_training import TokenizerRun, evaluated, train_tokenizer
+from vmae.training import device_of
 
 Video = tyro.conf.Positional[Path]
 
 
-def tokenizer(run: tyro.conf.OmitArgPrefixes[TokenizerRun]) -> None:
-    """Train an adaptive tokenizer."""
-    print(f"The tokenizer is in {train_tokenizer(run)}")
+def tokenizer(
+    run: tyro.conf.OmitArgPrefixes[TokenizerRun],
+    evaluate: Path | None = None,
+    json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+) -> None:
+    """Train an adaptive tokenizer, or tell how good one is.
+
+    Args:
+        run: what to train on, and how.
+        evaluate: folder of a tokenizer: train nothing, measure it on clips from the middle of the videos in --data.
+        json_: print the evaluation as json.
+    """
+    if evaluate is None:
+        print(f"The tokenizer is in {train_tokenizer(run)}")
+    else:
+        result = evaluated(evaluate, run)
+        print(json.dumps(dataclasses.asdict(result), indent=2) if json_ else table(result))
 
 
 def pretrain_(run: tyro.conf.OmitArgPrefixes[PretrainRun]) -> None:

@@ -1,5 +1,6 @@
 """Many clips: the videos of a folder or list, in batches, without those that cannot be used."""
 
+import copy
 import csv
 import random
 from collections.abc import Iterator
@@ -108,6 +109,16 @@ class ClipDataset(Dataset):
         path, label = self.entries[index]
         seed = random.Random(f"{self.seed}/{epoch}/{index}").getrandbits(32)
         return load_clip(path, seed=seed, **self.sampling)[0], label
+
+    def split(self, count: int, *, seed: int) -> tuple["ClipDataset", "ClipDataset"]:
+        """The dataset without `count` of its entries, and these, drawn at random."""
+        if not 0 <= count <= len(self):
+            raise ValueError(f"count: expected 0 to {len(self)} entries, got {count}")
+        drawn = set(random.Random(seed).sample(range(len(self)), count))
+        rest, taken = copy.copy(self), copy.copy(self)
+        rest.entries = [entry for i, entry in enumerate(self.entries) if i not in drawn]
+        taken.entries = [entry for i, entry in enumerate(self.entries) if i in drawn]
+        return rest, taken
 
 
 class _Attempts(Dataset):

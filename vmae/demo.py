@@ -9,19 +9,17 @@ import torch
 from vmae import checkpoint
 from vmae.features import encode_video
 from vmae.mae import VideoMAE
+from vmae.pretraining import PretrainRun, pretrain
 from vmae.report import Masking, Section, loss_plot, page, read_losses
 from vmae.tokenizer import AdaptiveTokenizer
+from vmae.tokenizer_training import TokenizerRun, train_tokenizer
 from vmae.tokens import check_clip
 from vmae.training import (
     LOG,
     Clips,
     Optimisation,
-    PretrainRun,
-    TokenizerRun,
     autocast,
     check_run,
-    pretrain,
-    train_tokenizer,
 )
 from vmae.video import frame_count, load_clip
 
@@ -59,6 +57,8 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
         videos,
         out / "tokenizer",
         model="tiny",
+        gan=0.0,  # minutes are too short for an adversary
+        ema=0.99,
         optimisation=Optimisation(steps=tokenizer_steps, batch_size=2, lr=1e-3, beta2=0.99, weight_decay=0.0),
         overwrite=True,
     )

@@ -78,3 +78,22 @@ class Upsample(nn.Module):
         y = self.conv(x, state).unflatten(1, (-1, *self.factor))  # B C t h w T H W
         y = y.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return y.contiguous(memory_format=torch.channels_last_3d)
+
+
+class Hold(nn.Module):
+    """In place of what is dropped, what was last kept at the same place; 0 if nothing was.
+
+    The decoder then needs no layers to carry what stands still through time, and what a token is worth is what it
+    changes. With weights between 0 and 1 it is the mean of both.
+    """
+
+    def forward(self, latents: Tensor, weights: Tensor, state: State | None = None) -> Tensor:
+        """`latents` [B, L, T, H, W], `weights` [B, 1, T, H, W] in [0, 1] -> [B, L, T, H, W]."""
+        held = torch.zeros_like(latents[:, :, :1]) if state is None or self not in state else state[self]
+        frames = []
+        for latent, weight in zip(latents.split(1, dim=2), weights.split(1, dim=2), strict=True):
+            held = held + weight * (latent - held)
+            frames.append(held)
+        if state is not None:
+            state[self] = held.clone()
+        return torch.cat(frames, dim=2).contiguous(memory_format=torch.channels_last_3d)

@@ -65,9 +65,11 @@ def read_losses(log: Path) -> list[float]:
     losses = []
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
-            losses.append(float(json.loads(line)["loss"]))
+            loss = json.loads(line)["loss"]
         except json.JSONDecodeError:
             break
+        if loss is not None:  # a step that was left out
+            losses.append(float(loss))
     return losses
 
 

@@ -36,7 +36,7 @@ class _Stream:
         self._position = 0  # in the window
 
     def _advance(self, piece: Tensor | None, run: Callable[[Tensor, int], Any]) -> list[Any]:
-        """The results of `run(tile, length)` for the tiles that are full now, or at the end (no piece) for what is left.
+        """The results of `run(tile, length)` for the tiles that are full now, or at the end (no piece) for the rest.
 
         Only the first `length` frames of a tile count.
         """
@@ -115,7 +115,7 @@ class _Stream:
         position = int(state["position"]) if state else 0
         if position < 0 or position % self._tile or (self._window is not None and position >= self._window):
             raise ValueError(
-                f"state: expected a position in the window of {self._window}, a multiple of {self._tile}, got {position}"
+                f"state: expected a multiple of {self._tile} below {self._window} as position, got {position}"
             )
         device = self._tokenizer.encoder.stem.weight.device
         modules = {name: module for module, name in self._names.items()}
@@ -182,7 +182,9 @@ class VideoStream(_Stream):
             raise ValueError(f"window: expected an even number of frames, got {window}")
         carriers = [m for m in tokenizer.decoder.modules() if isinstance(m, CausalConv3d)]
         latent_window = window and window // TUBELET[0]
-        super().__init__(tokenizer, list(carriers), tokenizer.config.tile // TUBELET[0], latent_window)
+        super().__init__(
+            tokenizer, [*carriers, tokenizer.decoder.hold], tokenizer.config.tile // TUBELET[0], latent_window
+        )
 
     @torch.no_grad()
     def push(self, tokens: Tokens) -> Tensor:
@@ -207,7 +209,8 @@ class VideoStream(_Stream):
         return self._joined(self._advance(None, self._decode), held)
 
     def _decode(self, tile: Tensor, length: int) -> Tensor:
-        video = self._tokenizer.decoder(tile, self._state)[:, :, : length * TUBELET[0]]
+        kept = (tile != 0).any(dim=1, keepdim=True).to(tile.dtype)
+        video = self._tokenizer.decoder(tile, kept, self._state)[:, :, : length * TUBELET[0]]
         return ((video.to(tile.dtype) + 1) / 2).clamp(0, 1)
 
     def _joined(self, parts: list[Tensor], latents: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vmae.checkpoint import Saved
-from vmae.layers import CausalConv3d, FrameNorm, ResidualBlock, State, Upsample
+from vmae.layers import CausalConv3d, FrameNorm, Hold, ResidualBlock, State, Upsample
 from vmae.masking import Grid, check_ratio, share
-from vmae.scorer import Scorer, token_scores
+from vmae.scorer import Scorer, nuisance, stability_loss, token_scores
 from vmae.stream import TokenStream, VideoStream
 from vmae.tokens import TUBELET, Tokens, check_video, joined
 from vmae_kernels import fsq, soft_topk, topk
+from vmae_kernels.philox import STREAM_PROBE, random_words
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,16 @@ class TokenizerConfig:
     """Frames that pass through the network at a time; even."""
     keep: float = 0.49
     """Share of tokens kept in training: 768 of 1,568."""
-    selection: Literal["perturbed", "straight_through"] = "perturbed"
+    selection: Literal["perturbed", "straight_through"] = "straight_through"
     """How gradients pass the top-k: expected indicator under noise, or straight through to the scores."""
     sigma: float = 0.05
     """Of the perturbation, in standard deviations of a clip's scores."""
     samples: int = 64
     """Of the perturbation."""
+    probes: float = 0.125
+    """Share of tokens whose weight is random in a training step, to learn what a token is worth."""
+    stability: float = 0.3
+    """Weight of the loss that ranks what time changes above what pan, noise and flicker change."""
 
     def __post_init__(self):
         for name in ("multipliers", "levels"):  # lists, where they come from json
@@ -84,11 +89,17 @@ class TokenizerConfig:
 
 
 class TokenizerOutput(NamedTuple):
-    """Of a training step: the scalar loss, the reconstruction [B, 3, T, H, W] in [-1, 1] and the weights [B, N]."""
+    """Of a training step.
+
+    loss: scalar; pixels: its part that is the reconstruction's mean squared error; reconstruction: [B, 3, T, H, W] in
+    [-1, 1]; weights, codes: [B, N].
+    """
 
     loss: Tensor
+    pixels: Tensor
     reconstruction: Tensor
     weights: Tensor
+    codes: Tensor
 
 
 class Encoder(nn.Module):
@@ -121,6 +132,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = [config.width * m for m in reversed(config.multipliers)]
         inputs = channels[0]
+        self.hold = Hold()
         self.stem = CausalConv3d(len(config.levels), inputs, (3, 3, 3))
         layers: list[nn.Module] = [ResidualBlock(inputs, inputs) for _ in range(config.blocks)]
         for stage, outputs in enumerate(channels):
@@ -131,8 +143,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm, self.head = FrameNorm(inputs), Upsample(inputs, 3, (1, config.stem, config.stem))
 
-    def forward(self, latents: Tensor, state: State | None = None) -> Tensor:
-        x = self.stem(latents, state)
+    def forward(self, latents: Tensor, weights: Tensor, state: State | None = None) -> Tensor:
+        x = self.stem(self.hold(latents, weights, state), state)
         for layer in self.layers:
             x = layer(x, state)
         return self.head(F.silu(self.norm(x)), state)
@@ -150,36 +162,50 @@ class AdaptiveTokenizer(nn.Module, Saved):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.scorer = Scorer(config.scorer_width)
 
-    def forward(self, video: Tensor, *, seed: int) -> TokenizerOutput:
+    def forward(self, video: Tensor, *, seed: int, keep: float | None = None) -> TokenizerOutput:
         """One training step's loss: keep the highest-scoring tokens, quantize, reconstruct the pixels.
 
-        All tokens of the first latent frame are kept. `video` as for `encode`; `seed` keys the top-k's noise.
+        All tokens of the first latent frame are kept. `video` as for `encode`; `seed` keys what is random; `keep` is
+        another share of tokens than the configuration's.
         """
         grid = check_video(video)
         x = self.normalised(video)
         z = rearrange(self.encoder(x), "b l t h w -> b (t h w) l")
-        scores = token_scores(self.scorer(x))
-        weights = self.keep_weights(scores, grid, seed=seed)
-        quantized, _ = fsq(z.float() * weights[..., None], self.config.levels)
-        y = self.decoder(self.as_grid(quantized, grid))
-        return TokenizerOutput(F.mse_loss(y.float(), x), y, weights)
+        quantized, codes = fsq(z.float(), self.config.levels)
+        keep = self.config.keep if keep is None else keep
+        stability = torch.zeros((), device=x.device)
+        if keep == 1:  # no scores are needed
+            weights = torch.ones_like(quantized[..., 0])
+        elif self.training:
+            now, before = (self.scorer(view) for view in nuisance(x, seed=seed))
+            weights = self.keep_weights(token_scores(now, before=before), grid, seed=seed, keep=keep)
+            stability = stability_loss(now, before, seed=seed)
+        else:
+            weights = self.keep_weights(token_scores(self.scorer(x)), grid, seed=seed, keep=keep)
+        y = self.decoder(self.as_grid(quantized, grid), self.as_grid(weights[..., None], grid))
+        pixels = F.mse_loss(y.float(), x)
+        return TokenizerOutput(pixels + self.config.stability * stability, pixels, y, weights, codes)
 
-    def keep_weights(self, scores: Tensor, grid: Grid, *, seed: int) -> Tensor:
-        """The weight of each token [B, N]: 1 in the first latent frame, elsewhere how far it is among the top k.
+    def keep_weights(self, scores: Tensor, grid: Grid, *, seed: int, keep: float | None = None) -> Tensor:
+        """The weight of each token [B, N]: 1 in the first latent frame and for the top k elsewhere, else 0.
 
-        In training the weights pass gradients to the scores; in evaluation they are 0 or 1.
+        In training a share of the tokens are probes: their weight is uniform in [0, 1], and they alone pass gradients
+        to the scores. At a weight of 0 or 1 the loss's gradient says little about what the token is worth (at 1 it
+        vanishes as the encoder converges), while its mean along the way from 0 to 1 is exactly what the token is worth,
+        given the others.
         """
         first, n = grid[1] * grid[2], math.prod(grid)
-        k = max(math.floor(share(self.config.keep, n) + 0.5) - first, 0)
+        k = max(math.floor(share(self.config.keep if keep is None else keep, n) + 0.5) - first, 0)
         rest = scores[:, first:]
-        if self.training and self.config.selection == "perturbed" and rest.shape[1]:
-            settings = {"sigma": self.config.sigma, "samples": self.config.samples, "seed": seed}
-            weights = soft_topk(_standardised(rest), k, **settings)
-        else:
-            weights = torch.zeros_like(rest).scatter(1, topk(rest.detach(), k), 1.0)
-            if self.training and rest.shape[1]:
-                surrogate = _standardised(rest)
-                weights = weights + surrogate - surrogate.detach()
+        weights = torch.zeros_like(rest).scatter(1, topk(rest.detach(), k), 1.0)
+        if self.training and 0 < k < rest.shape[1]:
+            soft = _standardised(rest)
+            if self.config.selection == "perturbed":
+                soft = soft_topk(soft, k, sigma=self.config.sigma, samples=self.config.samples, seed=seed)
+            words = random_words(*rest.shape, seed=seed, block=0, stream=STREAM_PROBE, device=rest.device)
+            shares, places = ((word >> 8).float() * 2.0**-24 for word in words[:2])
+            passing = shares + (soft - soft.detach()) / self.config.probes
+            weights = torch.where(places < self.config.probes, passing, weights)
         return torch.cat((torch.ones_like(scores[:, :first]), weights), dim=1)
 
     def encode(self, video: Tensor, *, window: int | None = None) -> Tokens:
@@ -200,7 +226,7 @@ class AdaptiveTokenizer(nn.Module, Saved):
         return joined([stream.push(video), stream.flush()])
 
     def stream(self, *, window: int | None = None) -> TokenStream:
-        """Encode a video as it comes: `push(frames)`, then `flush()`; bitwise the tokens of `encode`, whatever the pieces.
+        """Encode a video as it comes: `push(frames)`, then `flush()`; bitwise the tokens of `encode`, for any pieces.
 
         Memory is that of one tile of time (`config.tile` frames), whatever the length. `state_dict` and
         `load_state_dict` save a stream and go on from it, `to` moves it between devices. For `window` see `encode`.

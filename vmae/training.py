@@ -1,4 +1,4 @@
-"""Training: the tokenizer and the masked autoencoder, by one loop that logs, saves and stops cleanly."""
+"""The training loop: it logs, saves, leaves out what is not finite, and stops cleanly."""
 
 import contextlib
 import itertools
@@ -6,10 +6,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,12 @@ from tqdm import tqdm
 
 from vmae import checkpoint
 from vmae.dataset import ClipDataset, batches
-from vmae.mae import VideoMAE, VideoMAEConfig
-from vmae.masking import Strategy
 from vmae.memory import memory_gib
-from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig
 from vmae.tokens import check_clip
+from vmae.video import Start
 
 LOG, RUN = "log.jsonl", "run.json"
+PATIENCE = 5
 
 
 class TrainingError(ValueError):
@@ -96,98 +95,30 @@ class Optimisation:
             raise ValueError(f"seed: expected an integer from 0 to 2^31 - 1, got {self.seed}")
 
 
-@dataclass(frozen=True)
-class TokenizerRun:
-    """Train an adaptive tokenizer: reconstruct pixels from the tokens that score highest."""
+class Run(Protocol):
+    """What the settings of every kind of run have."""
 
-    data: Path
-    """Folder of videos, list of `path label` lines, csv with a header, or one video."""
-    out: Path
-    """Folder for the model, its log and the run's configuration."""
-    model: Literal["tiny", "small", "base"] = "base"
-    selection: Literal["perturbed", "straight_through"] = "perturbed"
-    """How gradients pass the top-k to the scores."""
-    clips: Clips = field(default_factory=lambda: Clips(frames=16, size=128))
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=1e-4, beta2=0.99, weight_decay=0.0))
-    overwrite: bool = False
-    """Replace a run that `out` already holds."""
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
-
-@dataclass(frozen=True)
-class PretrainRun:
-    """Pretrain a masked autoencoder on the tokens of a frozen tokenizer."""
-
-    data: Path
-    """Folder of videos, list of `path label` lines, csv with a header, or one video."""
-    out: Path
-    """Folder for the model, its log and the run's configuration."""
-    tokenizer: Path | None = None
-    """Folder of a trained tokenizer; not needed for pixel targets without the adaptive strategy."""
-    model: Literal["tiny", "small", "base", "large"] = "base"
-    strategy: Strategy = "adaptive"
-    """Which hidden tokens the decoder reconstructs."""
-    target: Literal["latent", "pixels"] = "latent"
-    mask_ratio: float = 0.9
-    """Share of places that the encoder does not see."""
-    budget: float = 0.15
-    """Share of tokens that the decoder reconstructs."""
-    random: float = 0.05
-    """Share of tokens that the adaptive strategy draws at random, within the budget."""
-    clips: Clips = field(default_factory=Clips)
-    optimisation: Optimisation = field(default_factory=Optimisation)
-    overwrite: bool = False
-    """Replace a run that `out` already holds."""
+    @property
+    def data(self) -> Path: ...
+    @property
+    def out(self) -> Path: ...
+    @property
+    def clips(self) -> Clips: ...
+    @property
+    def optimisation(self) -> Optimisation: ...
+    @property
+    def overwrite(self) -> bool: ...
 
 
-def check_run(run: TokenizerRun | PretrainRun) -> None:
+def check_run(run: Run) -> None:
     """Raise `ValueError` for what can be seen to be wrong before any work."""
     run.clips.check()
     run.optimisation.check()
     checkpoint.check_writable(run.out / RUN)
     if not run.overwrite and any((run.out / name).exists() for name in (LOG, checkpoint.WEIGHTS)):
         raise ValueError(f"{run.out}: already holds a run; choose another --out, or give --overwrite to replace it")
-
-
-def train_tokenizer(run: TokenizerRun) -> Path:
-    """Returns the folder of the trained tokenizer."""
-    check_run(run)
-    preset: Callable[..., TokenizerConfig] = getattr(TokenizerConfig, run.model)
-    torch.manual_seed(run.optimisation.seed)
-    model = AdaptiveTokenizer(preset(selection=run.selection))
-    return _fit(model, lambda clip, seed: model(clip, seed=seed).loss, run)
-
-
-def pretrain(run: PretrainRun) -> Path:
-    """Returns the folder of the pretrained model."""
-    check_run(run)
-    needed = run.target == "latent" or run.strategy == "adaptive"
-    if needed and run.tokenizer is None:
-        raise ValueError(
-            f"tokenizer: expected a tokenizer's folder for target {run.target} and strategy {run.strategy}, got none"
-        )
-    device = device_of(run.optimisation.device)
-    tokenizer = None
-    if needed and run.tokenizer is not None:
-        tokenizer = checkpoint.load(AdaptiveTokenizer, run.tokenizer, device)
-    preset: Callable[..., VideoMAEConfig] = getattr(VideoMAEConfig, run.model)
-    settings: dict[str, Any] = {"latent_width": len(tokenizer.config.levels)} if tokenizer else {}
-    config = preset(
-        frames=run.clips.frames,
-        size=run.clips.size,
-        strategy=run.strategy,
-        target=run.target,
-        mask_ratio=run.mask_ratio,
-        budget=run.budget,
-        random=run.random if run.strategy == "adaptive" else 0.0,
-        **settings,
-    )
-    torch.manual_seed(run.optimisation.seed)
-    model = VideoMAE(config)
-
-    def loss_of(clip: Tensor, seed: int) -> Tensor:
-        return model(clip, tokenizer.encode(clip) if tokenizer else None, seed=seed)
-
-    return _fit(model, loss_of, run)
 
 
 def device_of(name: str) -> torch.device:
@@ -209,91 +140,120 @@ def learning_rate(step: int, options: Optimisation) -> float:
     return options.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def _fit(model: Any, loss_of: Callable[[Tensor, int], Tensor], run: TokenizerRun | PretrainRun) -> Path:
-    """Train `model` on `loss_of(clip, seed)`; writes configuration, log and checkpoints to `run.out`."""
+class Task:
+    """What a run trains. The loop calls, in each step, `loss` for every forward pass, then `updated`."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def loss(self, clip: Tensor, *, step: int, seed: int) -> Tensor:
+        """The scalar to minimise for a batch of clips."""
+        raise NotImplementedError
+
+    def updated(self, step: int) -> dict[str, Any]:
+        """After the optimizer's step: what else is to be done, and figures for the log."""
+        return {}
+
+    def save(self, out: Path, step: int) -> dict[str, Any]:
+        """Write what is worth keeping so far; returns figures for the log."""
+        checkpoint.save(self.model, out)
+        return {}
+
+
+def clips_of(run: Run, start: Start = "random") -> ClipDataset:
+    """The clips that a run's settings name."""
+    settings = asdict(run.clips)
+    del settings["workers"]
+    return ClipDataset(run.data, start=start, seed=run.optimisation.seed, **settings)
+
+
+def fit(task: Task, dataset: ClipDataset, run: Run) -> Path:
+    """Train on the clips of a dataset; writes configuration, log and checkpoints to `run.out`, and returns it.
+
+    A step whose loss or gradient is not finite changes nothing; `PATIENCE` of them in a row end the run.
+    """
     options, out = run.optimisation, run.out
-    source = run.clips
-    dataset = ClipDataset(
-        run.data,
-        frames=source.frames,
-        size=source.size,
-        fps=source.fps,
-        stride=source.stride,
-        short=source.short,
-        seed=options.seed,
-    )
     device = device_of(options.device)
-    model.to(device).train()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
+    model = task.model.to(device).train()
+    optimizer = adamw(model, options)
     skipped: list[str] = []
     clips = _on_device(
-        batches(dataset, options.batch_size, workers=source.workers, seed=options.seed, skipped=skipped), device
+        batches(dataset, options.batch_size, workers=run.clips.workers, seed=options.seed, skipped=skipped), device
     )
     clips = itertools.chain([next(clips)], clips)  # videos that cannot be used show before anything is written
     _clear(out)
     checkpoint.write_text(out / RUN, json.dumps(asdict(run), indent=2, default=str) + "\n")
     told: set[str] = set()
-    step = 0
+    step = failures = 0
     with open(out / LOG, "w", encoding="utf-8") as log, _progress(options.steps, out.name) as bar:
         try:
             for step in range(options.steps):
                 begin = time.perf_counter()
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, options)
-                loss = _backward(loss_of, clips, step, options, device)
+                set_learning_rate(optimizer, step, options)
+                loss = _backward(task, clips, step, options, device)
                 norm = float(nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm))
-                if not math.isfinite(loss) or not math.isfinite(norm):
+                finite = math.isfinite(loss) and math.isfinite(norm)
+                failures = 0 if finite else failures + 1
+                if failures == PATIENCE:
                     raise TrainingError(
-                        f"step {step}: expected a finite loss and gradient, got {loss} and {norm}; "
-                        f"{out} holds the last checkpoint, if there was one; try a lower --lr"
+                        f"step {step}: the training diverged: expected a finite loss and gradient, got {loss} and "
+                        f"{norm}, {PATIENCE} times in a row; {out} holds the last checkpoint, if there was one; "
+                        f"try a lower --lr"
                     )
-                optimizer.step()
+                if finite:
+                    optimizer.step()
                 optimizer.zero_grad()
+                line: dict[str, Any] = {
+                    "step": step,
+                    "loss": loss if finite else None,
+                    "lr": learning_rate(step, options),
+                    "grad_norm": norm if finite else None,
+                }
+                line |= task.updated(step) if finite else {}
                 rate = options.batch_size * options.accumulate / (time.perf_counter() - begin)
                 for reason in set(skipped) - told:
                     bar.write(f"skipped: {reason}", file=sys.stderr)
                 told.update(skipped)
-                line = {
-                    "step": step,
-                    "loss": loss,
-                    "lr": learning_rate(step, options),
-                    "grad_norm": norm,
-                    "clips_per_s": round(rate, 3),
-                    "memory_gib": round(memory_gib(device), 3),
-                    "skipped": len(skipped),
-                }
+                if not finite:
+                    bar.write(f"step {step}: loss {loss}, gradient {norm}: left out", file=sys.stderr)
+                line |= {"clips_per_s": round(rate, 3), "memory_gib": round(memory_gib(device), 3)}
+                line |= {"skipped": len(skipped)}
+                if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+                    line |= task.save(out, step)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:.2f} clips/s, {line['memory_gib']:.2f} GiB", refresh=False)
                 bar.update()
-                if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
-                    checkpoint.save(model, out)
         except KeyboardInterrupt:
             if step == 0:
                 raise KeyboardInterrupt("stopped before the first step was done") from None
-            checkpoint.save(model, out)
+            task.save(out, step)
             raise KeyboardInterrupt(f"stopped at step {step}; the model so far is in {out}") from None
     if told:
         print(f"skipped {len(told)} videos that could not be used", file=sys.stderr)
     return out
 
 
-def _backward(
-    loss_of: Callable[[Tensor, int], Tensor],
-    clips: Iterator[Tensor],
-    step: int,
-    options: Optimisation,
-    device: torch.device,
-) -> float:
+def adamw(model: nn.Module, options: Optimisation) -> torch.optim.AdamW:
+    """Weight decay for matrices and kernels, none for the rest."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, options: Optimisation) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, options)
+
+
+def _backward(task: Task, clips: Iterator[Tensor], step: int, options: Optimisation, device: torch.device) -> float:
     """Accumulate one step's gradients; returns the mean loss."""
     total = 0.0
     for part in range(options.accumulate):
         seed = (options.seed << 32) + step * options.accumulate + part
         with autocast(device, options.precision):
-            loss = loss_of(next(clips), seed)
+            loss = task.loss(next(clips), step=step, seed=seed)
         (loss / options.accumulate).backward()
         total += loss.item() / options.accumulate
     return total

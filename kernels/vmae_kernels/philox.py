@@ -14,7 +14,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 # The last counter word keeps the uses of one seed apart.
-STREAM_NOISE, STREAM_TUBE, STREAM_RANDOM = 0, 1, 2
+STREAM_NOISE, STREAM_TUBE, STREAM_RANDOM, STREAM_PROBE, STREAM_NUISANCE = 0, 1, 2, 3, 4
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,9 +53,9 @@ def random_keys(rows: int, n: int, *, seed: int, stream: int, device: torch.devi
     return (random_words(rows, n, seed=seed, block=0, stream=stream, device=device)[0] >> 8).float()
 
 
-def normals(rows: int, n: int, *, seed: int, block: int, device: torch.device) -> Tensor:
+def normals(rows: int, n: int, *, seed: int, block: int, device: torch.device, stream: int = STREAM_NOISE) -> Tensor:
     """[4, rows, n] float32 standard normals (Box-Muller): samples 4 * block to 4 * block + 3 of every element."""
-    words = random_words(rows, n, seed=seed, block=block, stream=STREAM_NOISE, device=device)
+    words = random_words(rows, n, seed=seed, block=block, stream=stream, device=device)
     # 24 bits fill a float32 exactly; the logarithm's argument lies in (0, 1].
     u0, u1, u2, u3 = ((word >> 8).float() for word in words)
     radius0 = (-2 * ((u0 + 1) * 2.0**-24).log()).sqrt()

@@ -1,0 +1,265 @@
+"""Training an adaptive tokenizer: pixels, a discriminator, a perceptual distance, averaged weights."""
+
+import contextlib
+import copy
+import functools
+import json
+import math
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmae import checkpoint
+from vmae.dataset import ClipDataset
+from vmae.evaluation import Evaluation, code_counts, entropy_bits, evaluate, reconstructions
+from vmae.losses import Discriminator, discriminator_loss, generator_loss, perceptual_distance, r1_penalty
+from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig
+from vmae.training import (
+    RUN,
+    Clips,
+    Optimisation,
+    Task,
+    TrainingError,
+    adamw,
+    autocast,
+    check_run,
+    clips_of,
+    device_of,
+    fit,
+    set_learning_rate,
+)
+from vmae.video import VideoError
+
+MOST_ASIDE = 64  # videos to choose the checkpoint by
+R1_EVERY = 16  # steps; the penalty counts so many times
+PERCEPTUAL_FRAMES = 2  # of each clip
+MEMORY = 0.98  # of the running figures by which divergence is seen: some fifty steps
+FEWEST_BITS, LOWEST_DISCRIMINATOR_LOSS = 0.05, 0.05
+
+
+@dataclass(frozen=True)
+class TokenizerRun:
+    """Train an adaptive tokenizer: reconstruct clips from the tokens that score highest."""
+
+    data: Path
+    """Folder of videos, list of `path label` lines, csv with a header, or one video."""
+    out: Path = Path("runs/tokenizer")
+    """Folder for the model, its log and the run's configuration."""
+    model: Literal["tiny", "small", "base"] = "base"
+    selection: Literal["perturbed", "straight_through"] = "straight_through"
+    """How gradients pass the top-k to the scores."""
+    keep: float = 0.49
+    """Share of tokens that are kept."""
+    keep_all: float = 0.5
+    """Share of steps that keep all tokens instead."""
+    gan: float = 0.1
+    """Weight of the adversarial loss; 0 trains without a discriminator."""
+    gan_after: float = 0.5
+    """Share of the steps after which the adversarial loss begins."""
+    r1: float = 10.0
+    """Weight of the discriminator's gradient penalty."""
+    perceptual: str | None = None
+    """Perceptual distance: a safetensors file with torchvision's VGG16, or `package:callable` such as lpips:LPIPS."""
+    perceptual_weight: float = 0.1
+    ema: float = 0.999
+    """Decay of the averaged weights, which are what is saved; 0 saves the last ones."""
+    aside: float = 0.05
+    """Share of the videos (64 at most) that are not trained on: the saved model is the one that does best on them."""
+    clips: Clips = field(default_factory=lambda: Clips(frames=16, size=128))
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=1e-4, beta2=0.99, weight_decay=0.0))
+    overwrite: bool = False
+    """Replace a run that `out` already holds."""
+
+    def check(self) -> None:
+        """Raise `ValueError` for a setting out of range."""
+        for name, low, high in (("keep", 0, 1), ("keep_all", 0, 1), ("gan_after", 0, 1), ("aside", 0, 0.5)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: expected a number from {low} to {high}, got {getattr(self, name)}")
+        for name in ("gan", "r1", "perceptual_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number from 0, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected a number from 0 to below 1, got {self.ema}")
+
+
+def train_tokenizer(run: TokenizerRun) -> Path:
+    """Returns the folder of the trained tokenizer."""
+    run.check()
+    check_run(run)
+    dataset = clips_of(run)
+    count = min(round(run.aside * len(dataset)), MOST_ASIDE)
+    dataset, aside = dataset.split(count, seed=run.optimisation.seed)
+    preset: Callable[..., TokenizerConfig] = getattr(TokenizerConfig, run.model)
+    config = preset(selection=run.selection, keep=run.keep)
+    task = _TokenizerTraining(initialised(config, run.optimisation.seed), run, _usable(aside))
+    for missing, consequence in (
+        (run.perceptual is None, "no perceptual loss: --perceptual names its weights"),
+        (not len(task.aside), "no videos are set aside to choose the model by: the last one is saved"),
+    ):
+        if missing:
+            print(consequence, file=sys.stderr)
+    return fit(task, dataset, run)
+
+
+def _usable(dataset: ClipDataset) -> ClipDataset:
+    """The dataset without the videos that cannot be used."""
+    usable = copy.copy(dataset)
+    usable.entries = []
+    for index, entry in enumerate(dataset.entries):
+        with contextlib.suppress(VideoError):
+            dataset[index]
+            usable.entries.append(entry)
+    return usable
+
+
+def initialised(config: TokenizerConfig, seed: int) -> AdaptiveTokenizer:
+    """The tokenizer that a run of this seed starts from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AdaptiveTokenizer(config)
+
+
+def _seed_of(folder: Path) -> int:
+    """The seed of the run that left a tokenizer; 0 if it left no such word."""
+    try:
+        return int(json.loads((folder / RUN).read_text(encoding="utf-8"))["optimisation"]["seed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+class _TokenizerTraining(Task):
+    def __init__(self, model: AdaptiveTokenizer, run: TokenizerRun, aside: ClipDataset):
+        super().__init__(model)
+        self.run, self.aside = run, aside
+        self.device = device_of(run.optimisation.device)
+        self.distance = perceptual_distance(run.perceptual).to(self.device) if run.perceptual else None
+        self.average = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
+        self.best = math.inf
+        self.gan_start = round(run.gan_after * run.optimisation.steps) if run.gan else run.optimisation.steps
+        if run.gan:
+            discriminator = Discriminator(model.config.width)
+            self.discriminator = discriminator.to(self.device, memory_format=torch.channels_last_3d)
+            self.discriminator_optimizer = adamw(self.discriminator, run.optimisation)
+        self.discriminator_loss = 2 * math.log(2)  # running
+        self.counts = torch.zeros((), device=self.device)  # of codes, running
+        self.step, self.passes = -1, list[tuple[Tensor, Tensor]]()  # real and fake clips of this step
+        self.figures: dict[str, float] = {}
+
+    def loss(self, clip: Tensor, *, step: int, seed: int) -> Tensor:
+        run, model = self.run, self.model
+        keep = 1.0 if random.Random(f"{seed}/keep").random() < run.keep_all else run.keep
+        output = model(clip, seed=seed, keep=keep)
+        total = output.loss
+        if step != self.step:
+            self.step, self.passes = step, []
+        self.figures = {"keep": keep, "pixels": output.pixels.item()}
+        codes = code_counts(output.codes[output.weights.detach() > 0], model.config.levels)
+        self.counts = codes + MEMORY * self.counts
+        real = model.normalised(clip)
+        if self.distance is not None:
+            perceptual = self._perceptual(real, output.reconstruction, seed=seed)
+            total = total + run.perceptual_weight * perceptual
+            self.figures["perceptual"] = perceptual.item()
+        if step >= self.gan_start:
+            self.discriminator.requires_grad_(False)
+            adversarial = generator_loss(self.discriminator(output.reconstruction))
+            total = total + run.gan * adversarial
+            self.figures["adversarial"] = adversarial.item()
+            self.passes.append((real, output.reconstruction.detach()))
+        return total
+
+    def _perceptual(self, real: Tensor, fake: Tensor, *, seed: int) -> Tensor:
+        """Distance of a few frames of two batches of clips in [-1, 1]; 0 without such a loss."""
+        if self.distance is None:
+            return torch.zeros(())
+        count = min(PERCEPTUAL_FRAMES, real.shape[2])
+        frames = random.Random(f"{seed}/frames").sample(range(real.shape[2]), count)
+        return (
+            self.distance(*(video[:, :, frames].transpose(1, 2).flatten(0, 1) for video in (real, fake))).float().mean()
+        )
+
+    def updated(self, step: int) -> dict[str, Any]:
+        decay = min(self.run.ema, (1 + step) / (10 + step))  # the first steps are soon forgotten
+        for averaged, current in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            averaged.data.lerp_(current.data, 1 - decay)
+        if step >= self.gan_start:
+            self._train_discriminator(step)
+        return {**self.figures, "entropy": self._check_codes(step)}
+
+    def _train_discriminator(self, step: int) -> None:
+        run = self.run
+        self.discriminator.requires_grad_(True)
+        set_learning_rate(self.discriminator_optimizer, step, run.optimisation)
+        loss = torch.zeros(())
+        for real, fake in self.passes:
+            with autocast(self.device, run.optimisation.precision):
+                loss = discriminator_loss(self.discriminator(real), self.discriminator(fake))
+            penalty = R1_EVERY * run.r1 * r1_penalty(self.discriminator, real) if step % R1_EVERY == 0 else 0.0
+            ((loss + penalty) / len(self.passes)).backward()
+        norm = float(nn.utils.clip_grad_norm_(self.discriminator.parameters(), run.optimisation.clip_norm))
+        if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+            raise TrainingError(f"step {step}: the discriminator diverged: its loss is {loss}, its gradient {norm}")
+        self.discriminator_optimizer.step()
+        self.discriminator_optimizer.zero_grad()
+        self.figures["discriminator"] = loss.item()
+        self.discriminator_loss = MEMORY * self.discriminator_loss + (1 - MEMORY) * loss.item()
+        if self.discriminator_loss < LOWEST_DISCRIMINATOR_LOSS:
+            raise TrainingError(
+                f"step {step}: the discriminator has won: its loss was {self.discriminator_loss:.3f} of late "
+                f"(1.386 is a draw); {run.out} holds the last checkpoint; try a higher --r1 or --gan-after"
+            )
+
+    def _check_codes(self, step: int) -> list[float]:
+        bits = entropy_bits(self.counts)
+        if step >= min(200, self.run.optimisation.steps // 2) and min(bits) < FEWEST_BITS:
+            raise TrainingError(
+                f"step {step}: the codes have collapsed: dimension {bits.index(min(bits))} of {len(bits)} carried "
+                f"{min(bits):.3f} bits of late; {self.run.out} holds the last checkpoint; try a lower --lr"
+            )
+        return [round(b, 3) for b in bits]
+
+    def save(self, out: Path, step: int) -> dict[str, Any]:
+        if not len(self.aside):
+            checkpoint.save(self.average, out)
+            return {}
+        if step >= self.gan_start > step - self.run.optimisation.save_every:
+            self.best = math.inf  # the adversarial loss trades pixels for looks: choose among the models that saw it
+        error = self._error_aside()
+        if chosen := error < self.best:
+            self.best = error
+            checkpoint.save(self.average, out)
+        return {"aside": error, "chosen": chosen}
+
+    @torch.no_grad()
+    def _error_aside(self) -> float:
+        """The mean loss without its adversarial part on the clips set aside, with all tokens and with the best."""
+        errors, weight = [], self.run.perceptual_weight
+        for index in range(len(self.aside)):
+            clip = self.aside[index][0][None].to(self.device)
+            with autocast(self.device, self.run.optimisation.precision):
+                pictures, _ = reconstructions(self.average, clip, seed=index)
+                real = self.model.normalised(clip)
+                for name in ("all", "adaptive"):
+                    fake = 2 * pictures[name] - 1
+                    errors.append(
+                        (F.mse_loss(fake.float(), real) + weight * self._perceptual(real, fake, seed=index)).item()
+                    )
+        return sum(errors) / len(errors)
+
+
+def evaluated(folder: Path, run: TokenizerRun) -> Evaluation:
+    """Measure the tokenizer in a folder on the clips of a run, from the middle of its videos."""
+    run.clips.check()
+    device = device_of(run.optimisation.device)
+    tokenizer = checkpoint.load(AdaptiveTokenizer, folder, device)
+    dataset = clips_of(run, start="center")
+    untrained = initialised(tokenizer.config, _seed_of(folder)).to(device).eval()
+    context = functools.partial(autocast, device, run.optimisation.precision)
+    return evaluate(tokenizer, dataset, untrained=untrained, autocast=context)
