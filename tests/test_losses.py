@@ -83,13 +83,14 @@ def test_the_discriminator_judges_clips_of_any_size(shape):
 def vgg_weights(seed: int = 0) -> dict[str, torch.Tensor]:
     """Random, of the shapes of VGG16's configuration D (Simonyan and Zisserman, ICLR 2015, table 1)."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256),
-              17: (512, 256), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}  # fmt: skip
-    weights = {}
-    for place, (outputs, inputs) in shapes.items():
+    places = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    widths = dict(zip(places, (64, 64, 128, 128, *[256] * 3, *[512] * 6), strict=True))
+    weights, inputs = {}, 3
+    for place, outputs in widths.items():
         scale = (2 / (9 * inputs)) ** 0.5
         weights[f"features.{place}.weight"] = torch.randn(outputs, inputs, 3, 3, generator=generator) * scale
         weights[f"features.{place}.bias"] = torch.randn(outputs, generator=generator) * 0.1
+        inputs = outputs
     return weights
 
 

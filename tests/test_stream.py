@@ -226,7 +226,7 @@ def test_models_in_other_dtypes_stream(dtype):
     assert model.decode(exact._replace(latents=exact.latents.to(dtype))).dtype == dtype
 
 
-@pytest.mark.parametrize("window", [0, -8, 3, 12])
+@pytest.mark.parametrize("window", [0, -8, 3, 9, 12])
 def test_windows_that_do_not_fit_are_refused(window):
     for start in (MODEL.stream, MODEL.decode_stream):
         with pytest.raises(ValueError, match=rf"window: expected.*got {window}"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmae import AdaptiveTokenizer, TokenizerConfig
-from vmae.scorer import token_scores
+from vmae.scorer import nuisance, stability_loss, token_scores
 
 FRAMES, SIDE = 22, 32
 
@@ -142,23 +142,25 @@ def test_still_video_has_finite_gradients():
 
 @pytest.mark.parametrize("selection", ["perturbed", "straight_through"])
 def test_weights_keep_the_budget_and_pass_gradients(selection):
-    model = make(selection=selection).train()
+    model = make(selection=selection)
     grid, n = (8, 14, 14), 1568
     scores = torch.rand(2, n, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    weights = model.keep_weights(scores, grid, seed=3)
-    assert torch.allclose(weights.sum(1), torch.tensor(768.0), atol=1e-2)  # the paper's 768 of 1,568
-    assert torch.equal(weights[:, :196], torch.ones(2, 196))
-    (weights * torch.randn(2, n, generator=torch.Generator().manual_seed(2))).sum().backward()
-    assert scores.grad is not None
-    assert scores.grad[:, 196:].abs().sum() > 0
-    model.eval()
     hard = model.keep_weights(scores, grid, seed=3)
+    assert torch.equal(hard[:, :196], torch.ones(2, 196))
     rest = scores[:, 196:]
     kept = hard[:, 196:].bool()
     assert set(hard.unique().tolist()) == {0.0, 1.0}
-    assert int(hard.sum()) == 2 * 768
+    assert int(hard.sum()) == 2 * 768  # the paper's 768 of 1,568
     for row in range(2):  # every kept score is at least every dropped one
         assert rest[row][kept[row]].min() >= rest[row][~kept[row]].max()
+    assert int(model.keep_weights(scores, grid, seed=3, keep=0.25).sum()) == 2 * 392
+    model.train()
+    weights = model.keep_weights(scores, grid, seed=3)
+    probes = (weights > 0) & (weights < 1)
+    assert torch.equal(weights[~probes], hard[~probes])
+    (weights * torch.randn(2, n, generator=torch.Generator().manual_seed(2))).sum().backward()
+    assert scores.grad is not None
+    assert scores.grad[:, 196:].abs().sum() > 0
 
 
 def test_training_step_reaches_every_parameter_and_lowers_the_loss():
@@ -181,13 +183,33 @@ def test_unselected_tokens_do_not_reach_the_reconstruction():
     model = make(keep=0.5)
     clip = video(frames=8)
     output = model(clip, seed=0)
-    x = model.normalised(clip)
-    z = model.encoder(x).flatten(2).transpose(1, 2)
-    z = torch.where(output.weights[..., None] > 0, z, torch.zeros(()))
-    latents, _ = torch.ops.vmae_kernels.fsq(z, list(model.config.levels))
-    expected = model.decoder(latents.view(1, 4, 2, 2, 6).permute(0, 4, 1, 2, 3))
-    torch.testing.assert_close(output.reconstruction, expected)
-    torch.testing.assert_close(output.loss, ((expected - x) ** 2).mean())
+    tokens = model.encode(clip)
+    kept = tokens.latents * output.weights[..., None]
+    assert int(output.weights.sum()) == 8
+    torch.testing.assert_close(model.decode(tokens._replace(latents=kept)) * 2 - 1, output.reconstruction.clamp(-1, 1))
+    x = clip.float() / 127.5 - 1
+    torch.testing.assert_close(output.pixels, ((output.reconstruction - x) ** 2).mean())
+    assert output.loss == output.pixels
+
+
+def test_all_tokens_can_be_kept():
+    model = make().train()
+    clip = video(frames=8)
+    output = model(clip, seed=0, keep=1.0)
+    assert torch.equal(output.weights, torch.ones(1, 16))
+    output.loss.backward()
+    assert all(p.grad is None for p in model.scorer.parameters())
+    expected = model.decode(model.encode(clip)) * 2 - 1
+    torch.testing.assert_close(output.reconstruction.detach().clamp(-1, 1), expected)
+
+
+def test_the_loss_in_training_has_its_parts():
+    for stability in (0.0, 2.0):
+        model = make(stability=stability).train()
+        output = model(video(frames=8), seed=0)
+        now, before = (model.scorer(view) for view in nuisance(model.normalised(video(frames=8)), seed=0))
+        expected = output.pixels + stability * stability_loss(now, before, seed=0)
+        torch.testing.assert_close(output.loss, expected)
 
 
 def test_saved_and_loaded_model_gives_the_same_tokens(tmp_path):

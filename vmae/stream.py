@@ -24,13 +24,19 @@ class _Stream:
     length of the video. A call that raises leaves the stream as it was before.
     """
 
-    def __init__(self, tokenizer: "AdaptiveTokenizer", carriers: list[torch.nn.Module], tile: int, window: int | None):
+    def __init__(
+        self, tokenizer: "AdaptiveTokenizer", carriers: list[torch.nn.Module], window: int | None, *, step: int
+    ):
+        """`carriers`: modules that leave something in the state; `step`: frames per element of a piece's time."""
+        tile = tokenizer.config.tile
+        if window is not None:
+            tile = min(tile, window)
+            if window < 1 or window % TUBELET[0] or window % tile:
+                expected = f"an even number of frames, below the tile of {tokenizer.config.tile} or a multiple of it"
+                raise ValueError(f"window: expected {expected}, got {window}")
         self._tokenizer = tokenizer
         self._names = {module: name for name, module in tokenizer.named_modules() if module in set(carriers)}
-        self._tile = tile if window is None else min(tile, window)
-        if window is not None and (window < 1 or window % self._tile):
-            raise ValueError(f"window: expected a multiple of the tile, {tile}, or less than it, got {window}")
-        self._window = window
+        self._tile, self._window = tile // step, None if window is None else window // step
         self._held: Tensor | None = None
         self._state: State = {}
         self._position = 0  # in the window
@@ -132,10 +138,8 @@ class TokenStream(_Stream):
     """Tokens of a video that comes in pieces; see `AdaptiveTokenizer.stream`."""
 
     def __init__(self, tokenizer: "AdaptiveTokenizer", window: int | None):
-        if window is not None and window % TUBELET[0]:
-            raise ValueError(f"window: expected an even number of frames, got {window}")
         carriers = [m for m in tokenizer.encoder.modules() if isinstance(m, CausalConv3d)]
-        super().__init__(tokenizer, [*carriers, tokenizer.scorer], tokenizer.config.tile, window)
+        super().__init__(tokenizer, [*carriers, tokenizer.scorer], window, step=1)
 
     @torch.no_grad()
     def push(self, frames: Tensor) -> Tokens:
@@ -178,13 +182,8 @@ class VideoStream(_Stream):
     """The video that tokens stand for, as they come in pieces; see `AdaptiveTokenizer.decode_stream`."""
 
     def __init__(self, tokenizer: "AdaptiveTokenizer", window: int | None):
-        if window is not None and window % TUBELET[0]:
-            raise ValueError(f"window: expected an even number of frames, got {window}")
         carriers = [m for m in tokenizer.decoder.modules() if isinstance(m, CausalConv3d)]
-        latent_window = window and window // TUBELET[0]
-        super().__init__(
-            tokenizer, [*carriers, tokenizer.decoder.hold], tokenizer.config.tile // TUBELET[0], latent_window
-        )
+        super().__init__(tokenizer, [*carriers, tokenizer.decoder.hold], window, step=TUBELET[0])
 
     @torch.no_grad()
     def push(self, tokens: Tokens) -> Tensor:

@@ -1,0 +1,247 @@
+"""What the tokenizer's recipe adds to the loop: adversary, averaging, the choice of a checkpoint, divergence."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_video
+from safetensors.torch import save_file
+from test_losses import vgg_weights
+
+from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, checkpoint, tokenizer_training
+from vmae.tokenizer_training import TokenizerRun, evaluated, train_tokenizer
+from vmae.training import Clips, Optimisation, TrainingError
+
+
+def run_on(data: Path, out: Path, *, steps: int = 6, size: int = 32, options: dict | None = None, **changes):
+    settings = {"gan": 0.0, "aside": 0.0, **changes}
+    optimisation = Optimisation(steps=steps, precision="fp32", lr=2e-3, **(options or {}))
+    return TokenizerRun(
+        data, out, model="tiny", clips=Clips(frames=8, size=size, workers=0), optimisation=optimisation, **settings
+    )
+
+
+def log_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def tiny() -> AdaptiveTokenizer:
+    return tokenizer_training.initialised(TokenizerConfig.tiny(), 0)
+
+
+@pytest.fixture(scope="module")
+def many_videos(tmp_path_factory) -> Path:
+    """Ten videos, two of them broken."""
+    folder = tmp_path_factory.mktemp("many")
+    for i in range(8):
+        write_video(folder / f"{i}.mp4", 12 + i)
+    for name in ("x.mp4", "y.mp4"):
+        (folder / name).write_bytes(b"this is no video")
+    return folder
+
+
+def test_the_adversary_begins_when_it_should_and_trains(moving_square, tmp_path):
+    out = train_tokenizer(run_on(moving_square, tmp_path / "run", gan=0.1, gan_after=0.5))
+    log = log_of(out)
+    assert ["discriminator" in line for line in log] == [False] * 3 + [True] * 3
+    assert all(math.isfinite(line[name]) for line in log[3:] for name in ("discriminator", "adversarial"))
+    assert log[-1]["discriminator"] != log[3]["discriminator"]
+    for line in log:
+        adversarial = 0.1 * line.get("adversarial", 0.0)
+        if line["keep"] == 1:
+            assert line["loss"] == pytest.approx(line["pixels"] + adversarial, rel=1e-5)
+        else:  # and what keeps the scores stable
+            assert line["loss"] > line["pixels"] + adversarial
+
+
+def test_the_discriminator_learns_to_tell_real_from_fake(moving_square, tmp_path):
+    run = run_on(moving_square, tmp_path / "run", gan=0.1)
+    task = tokenizer_training._TokenizerTraining(
+        tiny(), run, ClipDataset(moving_square, frames=8, size=32).split(0, seed=0)[1]
+    )
+    real = torch.rand(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for step in range(16, 46):
+        task.passes = [(real, torch.zeros_like(real))]
+        task._train_discriminator(step)
+        if step == 16:
+            first = task.figures["discriminator"]
+    assert first == pytest.approx(2 * math.log(2), abs=0.1)
+    assert task.figures["discriminator"] < 0.7 * first
+
+
+def test_a_discriminator_that_wins_ends_the_run(moving_square, tmp_path, monkeypatch):
+    def lost(real, fake):
+        return 0.001 * real.mean().sigmoid()
+
+    monkeypatch.setattr(tokenizer_training, "discriminator_loss", lost)
+    monkeypatch.setattr(tokenizer_training, "MEMORY", 0.5)
+    run = run_on(moving_square, tmp_path / "run", steps=40, gan=0.1, gan_after=0.0)
+    with pytest.raises(TrainingError, match=r"step \d+: the discriminator has won: its loss was 0\.0"):
+        train_tokenizer(run)
+    assert 3 <= len(log_of(tmp_path / "run")) < 10
+
+
+def test_a_discriminator_without_a_number_ends_the_run(moving_square, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_training, "discriminator_loss", lambda real, fake: real.sum() * float("nan"))
+    with pytest.raises(TrainingError, match="step 3: the discriminator diverged: its loss is nan"):
+        train_tokenizer(run_on(moving_square, tmp_path / "run", gan=0.1, gan_after=0.5))
+
+
+def test_codes_that_collapse_end_the_run(moving_square, tmp_path, monkeypatch):
+    counts = tokenizer_training.code_counts
+
+    def collapsed(codes, levels):
+        result = counts(codes, levels)
+        result[3] = 0
+        result[3, 5] = codes.numel()
+        return result
+
+    monkeypatch.setattr(tokenizer_training, "code_counts", collapsed)
+    with pytest.raises(TrainingError, match=r"step 5: the codes have collapsed: dimension 3 of 6 carried -?0\.0"):
+        train_tokenizer(run_on(moving_square, tmp_path / "run", steps=10))
+
+
+def test_the_log_has_the_entropy_of_every_dimension(moving_square, tmp_path):
+    for line in log_of(train_tokenizer(run_on(moving_square, tmp_path / "run"))):
+        assert len(line["entropy"]) == 6
+        assert all(0 <= bits <= 3 for bits in line["entropy"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_steps_keeps_all_tokens(share, moving_square, tmp_path, monkeypatch):
+    kept = [line["keep"] for line in log_of(train_tokenizer(
+        run_on(moving_square, tmp_path / "run", steps=24, size=16, keep=0.6, keep_all=share)
+    ))]  # fmt: skip
+    assert set(kept) <= {0.6, 1.0}
+    assert sum(k == 1 for k in kept) / 24 == pytest.approx(share, abs=0.25)
+    config = checkpoint.load(AdaptiveTokenizer, tmp_path / "run").config
+    assert config.keep == 0.6
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
+def test_the_saved_weights_are_the_average(decay, moving_square, tmp_path, monkeypatch):
+    seen = []
+    updated = tokenizer_training._TokenizerTraining.updated
+
+    def recorded(self, step):
+        seen.append(self.model.encoder.stem.weight.detach().clone())
+        return updated(self, step)
+
+    monkeypatch.setattr(tokenizer_training._TokenizerTraining, "updated", recorded)
+    run = run_on(moving_square, tmp_path / "run", ema=decay)
+    expected = tokenizer_training.initialised(tiny().config, 0).encoder.stem.weight.detach()
+    out = train_tokenizer(run)
+    for step, weight in enumerate(seen):
+        share = min(decay, (1 + step) / (10 + step))
+        expected = share * expected + (1 - share) * weight
+    torch.testing.assert_close(checkpoint.load(AdaptiveTokenizer, out).encoder.stem.weight.detach(), expected)
+
+
+def test_the_model_that_does_best_on_videos_set_aside_is_saved(many_videos, tmp_path, monkeypatch):
+    trained = set()
+    load = ClipDataset.load
+
+    def recorded(self, index, epoch):
+        trained.add((self.entries[index][0].name, epoch, len(self)))
+        return load(self, index, epoch)
+
+    monkeypatch.setattr(ClipDataset, "load", recorded)
+    errors = iter([5.0, 3.0, 4.0, 3.5])
+    monkeypatch.setattr(tokenizer_training._TokenizerTraining, "_error_aside", lambda self: next(errors))
+    saved, save = [], checkpoint.save
+
+    def recorded_save(model, out):
+        saved.append(model.encoder.stem.weight.clone())
+        save(model, out)
+
+    monkeypatch.setattr(checkpoint, "save", recorded_save)
+    run = run_on(many_videos, tmp_path / "run", steps=8, aside=0.5, options={"save_every": 2})
+    out = train_tokenizer(run)
+    lines = [line for line in log_of(out) if "aside" in line]
+    assert [(line["step"], line["aside"], line["chosen"]) for line in lines] == [
+        (1, 5.0, True), (3, 3.0, True), (5, 4.0, False), (7, 3.5, False)
+    ]  # fmt: skip
+    assert len(saved) == 2
+    assert torch.equal(checkpoint.load(AdaptiveTokenizer, out).encoder.stem.weight, saved[1])
+    sizes = {count for _, _, count in trained}
+    assert 5 in sizes  # half of ten
+    aside = {name for name, _, count in trained if count == 5} - {name for name, epoch, _ in trained if epoch > 0}
+    assert aside  # some videos were only ever looked at, not trained on
+
+
+def test_aside_and_trained_videos_are_disjoint_and_repeat_by_seed(many_videos):
+    dataset = ClipDataset(many_videos, frames=8, size=32)
+    rest, aside = dataset.split(3, seed=1)
+    assert (len(rest), len(aside)) == (7, 3)
+    assert sorted(rest.entries + aside.entries) == sorted(dataset.entries)
+    assert dataset.split(3, seed=1)[1].entries == aside.entries
+    assert dataset.split(3, seed=2)[1].entries != aside.entries
+    with pytest.raises(ValueError, match="0 to 10 entries, got 11"):
+        dataset.split(11, seed=0)
+
+
+def test_the_choice_begins_again_with_the_adversary(many_videos, tmp_path, monkeypatch):
+    errors = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(tokenizer_training._TokenizerTraining, "_error_aside", lambda self: next(errors))
+    run = run_on(many_videos, tmp_path / "run", aside=0.5, gan=0.1, gan_after=0.4, options={"save_every": 2})
+    lines = [line for line in log_of(train_tokenizer(run)) if "aside" in line]
+    assert [line["chosen"] for line in lines] == [True, True, True]  # the first saw no adversary
+
+
+def test_the_error_aside_is_the_loss_without_the_adversary(moving_square, tmp_path):
+    model = tiny()
+    dataset = ClipDataset(moving_square, frames=8, size=32)
+    task = tokenizer_training._TokenizerTraining(model, run_on(moving_square, tmp_path / "run"), dataset)
+    clip = dataset[0][0][None]
+    model.eval()
+    expected = [float(model(clip, seed=0, keep=keep).pixels) for keep in (1.0, 0.49)]
+    # decode stays in [0, 1], where the network may leave it
+    assert task._error_aside() == pytest.approx(sum(expected) / 2, rel=0.05)
+
+
+def test_perceptual_loss_by_named_weights(moving_square, tmp_path, capsys):
+    save_file(vgg_weights(), tmp_path / "vgg.safetensors")
+    run = run_on(moving_square, tmp_path / "run", steps=2, perceptual=str(tmp_path / "vgg.safetensors"), keep_all=1.0)
+    for line in log_of(train_tokenizer(run)):
+        assert line["perceptual"] > 0
+        assert line["loss"] == pytest.approx(line["pixels"] + 0.1 * line["perceptual"], rel=1e-5)
+    assert "no perceptual loss" not in capsys.readouterr().err
+    train_tokenizer(run_on(moving_square, tmp_path / "other", steps=1))
+    assert "no perceptual loss: --perceptual names its weights" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="found no file nothing"):
+        train_tokenizer(run_on(moving_square, tmp_path / "third", perceptual="nothing"))
+    assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"keep": 1.5}, r"keep.*1\.5"), ({"ema": 1.0}, r"ema.*1\.0"), ({"gan": -1.0}, r"gan.*-1"),
+     ({"aside": 0.9}, r"aside.*0\.9"), ({"r1": math.inf}, "r1.*inf"), ({"keep_all": float("nan")}, "keep_all.*nan")],
+)  # fmt: skip
+def test_wrong_settings_are_refused(changes, words, moving_square, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        train_tokenizer(run_on(moving_square, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_compares_with_the_scorer_that_training_began_with(video_folder, tmp_path, monkeypatch):
+    run = run_on(video_folder, tmp_path / "run", options={"seed": 3})
+    out = train_tokenizer(run)
+    asked, original = [], tokenizer_training.evaluate
+
+    def recorded(tokenizer, dataset, *, untrained, autocast):
+        asked.append((untrained, dataset))
+        return original(tokenizer, dataset, untrained=untrained, autocast=autocast, scenes=1, progress=False)
+
+    monkeypatch.setattr(tokenizer_training, "evaluate", recorded)
+    result = evaluated(out, dataclasses.replace(run, out=tmp_path / "unused"))
+    untrained, dataset = asked[0]
+    start = tokenizer_training.initialised(untrained.config, 3)
+    assert torch.equal(untrained.scorer.first.weight, start.scorer.first.weight)
+    assert not torch.equal(untrained.scorer.first.weight, checkpoint.load(AdaptiveTokenizer, out).scorer.first.weight)
+    assert dataset.sampling["start"] == "center"
+    assert result.clips == 2
+    assert not (tmp_path / "unused").exists()
