@@ -166,7 +166,7 @@ def test_clips_are_taken_as_asked(sampling, moving_square, tmp_path, monkeypatch
     train_tokenizer(dataclasses.replace(run, clips=clips))
     settings = dataclasses.asdict(clips)
     del settings["workers"]
-    assert asked == {**settings, "data": moving_square, "seed": 7}
+    assert asked == {**settings, "data": moving_square, "start": "random", "seed": 7}
 
 
 def test_unusable_videos_are_skipped_and_counted(video_folder, tmp_path, capsys):

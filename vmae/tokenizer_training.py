@@ -144,8 +144,7 @@ class _TokenizerTraining(Task):
         self.best = math.inf
         self.gan_start = round(run.gan_after * run.optimisation.steps) if run.gan else run.optimisation.steps
         if run.gan:
-            discriminator = Discriminator(model.config.width)
-            self.discriminator = discriminator.to(self.device, memory_format=torch.channels_last_3d)
+            self.discriminator = Discriminator(model.config.width).to(self.device)
             self.discriminator_optimizer = adamw(self.discriminator, run.optimisation)
         self.discriminator_loss = 2 * math.log(2)  # running
         self.counts = torch.zeros((), device=self.device)  # of codes, running
