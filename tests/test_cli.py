@@ -49,6 +49,36 @@ def test_training_commands_write_models(trained):
         assert (trained / name / "model.safetensors").stat().st_size > 100_000
 
 
+def test_a_tokenizer_is_evaluated(trained, video_folder, monkeypatch, capsys):
+    asked = ["tokenizer", "--evaluate", trained / "tokenizer", "--data", video_folder, *SMALL]
+    run(monkeypatch, *asked)
+    text = capsys.readouterr().out
+    for words in (
+        "2 clips of 16 frames at 32 x 32",
+        "broken.mp4",
+        "mean colour",
+        "49% of the tokens, adaptive",
+        "untrained",
+    ):
+        assert words in text
+    run(monkeypatch, *asked, "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert f"{result['psnr']['all']:.2f}" in text
+    assert len(result["entropy"]) == 6
+
+
+def test_evaluations_that_cannot_be_made_are_refused(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "x.mp4").write_bytes(b"no video")
+    for tokenizer, data, words in (
+        (tmp_path / "nothing", tmp_path, "nothing: expected a saved AdaptiveTokenizer"),
+        (trained / "mae", tmp_path, "expected AdaptiveTokenizer, found VideoMAE"),
+        (trained / "tokenizer", tmp_path / "nothing", "nothing: expected a folder of videos"),
+        (trained / "tokenizer", tmp_path, "none of the 1 videos could be used"),
+    ):
+        asked = ["tokenizer", "--evaluate", tokenizer, "--data", data, *SMALL]
+        assert words in refused(monkeypatch, capsys, *asked)
+
+
 def test_encode_writes_features_and_grid(trained, moving_square, tmp_path, monkeypatch, capsys):
     out = tmp_path / "deep" / "features.safetensors"
     run(monkeypatch, "encode", moving_square, "--model", trained / "mae", "--out", out, "--precision", "fp32")

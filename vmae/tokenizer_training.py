@@ -141,7 +141,7 @@ class _TokenizerTraining(Task):
         self.device = device_of(run.optimisation.device)
         self.distance = perceptual_distance(run.perceptual).to(self.device) if run.perceptual else None
         self.average = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
-        self.best = math.inf
+        self.best, self.adversarial = math.inf, False  # least error aside so far, and whether under the adversary
         self.gan_start = round(run.gan_after * run.optimisation.steps) if run.gan else run.optimisation.steps
         if run.gan:
             self.discriminator = Discriminator(model.config.width).to(self.device)
@@ -180,9 +180,8 @@ class _TokenizerTraining(Task):
             return torch.zeros(())
         count = min(PERCEPTUAL_FRAMES, real.shape[2])
         frames = random.Random(f"{seed}/frames").sample(range(real.shape[2]), count)
-        return (
-            self.distance(*(video[:, :, frames].transpose(1, 2).flatten(0, 1) for video in (real, fake))).float().mean()
-        )
+        pictures = (video[:, :, frames].transpose(1, 2).flatten(0, 1) for video in (real, fake))
+        return self.distance(*pictures).float().mean()
 
     def updated(self, step: int) -> dict[str, Any]:
         decay = min(self.run.ema, (1 + step) / (10 + step))  # the first steps are soon forgotten
@@ -228,8 +227,9 @@ class _TokenizerTraining(Task):
         if not len(self.aside):
             checkpoint.save(self.average, out)
             return {}
-        if step >= self.gan_start > step - self.run.optimisation.save_every:
-            self.best = math.inf  # the adversarial loss trades pixels for looks: choose among the models that saw it
+        if self.adversarial != (step >= self.gan_start):
+            # The adversarial loss trades pixels for looks: choose among the models that saw it.
+            self.adversarial, self.best = True, math.inf
         error = self._error_aside()
         if chosen := error < self.best:
             self.best = error
