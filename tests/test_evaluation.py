@@ -14,7 +14,7 @@ from vmae.evaluation import (
     frame_difference,
     mean_colour,
     psnr,
-    reconstructions,
+    reconstruction,
     score_precision,
     ssim,
     table,
@@ -35,7 +35,7 @@ def test_psnr_of_known_errors():
     a = random(2, 3, 4, 16, 16) * 0.5
     values = psnr(a, torch.stack((a[0] + 0.1, a[1] + 0.01)))
     torch.testing.assert_close(values, torch.tensor([20.0, 40.0]), rtol=1e-3, atol=1e-3)
-    assert psnr(a, a).tolist() == [math.inf, math.inf]
+    assert psnr(a, a).tolist() == [100, 100]  # an exact clip must not make every mean infinite
 
 
 def test_ssim_against_brute_force():
@@ -60,16 +60,8 @@ def test_ssim_against_brute_force():
                     cov = sum(p * (q - mean[0]) * (r - mean[1]) for p, q, r in zip(w, *windows, strict=True))
                     top = (2 * mean[0] * mean[1] + 1e-4) * (2 * cov + 9e-4)
                     values.append(top / ((mean[0] ** 2 + mean[1] ** 2 + 1e-4) * (var[0] + var[1] + 9e-4)))
-    assert ssim(a, b).item() == pytest.approx(sum(values) / len(values), rel=1e-9)
+    assert ssim(a, b).item() == pytest.approx(sum(values) / len(values), rel=1e-6)
     assert ssim(a, a).item() == pytest.approx(1.0)
-
-
-def test_ssim_against_scikit_image():
-    metrics = pytest.importorskip("skimage.metrics")
-    a, b = random(1, 1, 1, 40, 30).double(), random(1, 1, 1, 40, 30, seed=1).double()
-    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
-    _, full = metrics.structural_similarity(a[0, 0, 0].numpy(), b[0, 0, 0].numpy(), full=True, **settings)
-    assert ssim(a, b).item() == pytest.approx(full[5:-5, 5:-5].mean(), rel=1e-6)
 
 
 def test_mean_colour_of_each_tubelet():
@@ -87,9 +79,12 @@ def test_entropy_of_the_codes():
     levels = (8, 3, 5)
     codes = torch.arange(8 * 3 * 5).repeat(2)
     assert entropy_bits(code_counts(codes, levels)) == pytest.approx([3, math.log2(3), math.log2(5)])
-    assert entropy_bits(code_counts(torch.full((7,), 17), levels)) == pytest.approx([0, 0, 0], abs=1e-9)
+    assert entropy_bits(code_counts(torch.full((7,), 17), levels)) == [0, 0, 0]
     digits = torch.tensor([[0, 2, 4], [0, 2, 1], [7, 2, 1], [3, 0, 1]])
-    counts = code_counts(digits[:, 0] + 8 * digits[:, 1] + 24 * digits[:, 2], levels)
+    codes = digits[:, 0] + 8 * digits[:, 1] + 24 * digits[:, 2]
+    weighted = code_counts(codes, levels, torch.tensor([1.0, 0.5, 0, 0]))
+    assert weighted[2].tolist() == [0, 0.5, 0, 0, 1, 0, 0, 0]
+    counts = code_counts(codes, levels)
     assert counts[0].tolist() == [2, 0, 0, 1, 0, 0, 0, 1]
     assert counts[1].tolist() == [1, 0, 3, 0, 0, 0, 0, 0]
     assert counts[2].tolist() == [0, 3, 0, 0, 1, 0, 0, 0]
@@ -167,14 +162,15 @@ def test_frame_difference_against_brute_force():
 def test_reconstructions_keep_as_many_tokens_as_training():
     model = make(keep=0.6)
     clip = (random(1, 8, 32, 32, 3) * 255).to(torch.uint8).permute(0, 4, 1, 2, 3)
-    pictures, tokens = reconstructions(model, clip, seed=0)
+    tokens = model.encode(clip)
     kept = model.keep_weights(tokens.scores, tokens.grid, seed=0)
     assert int(kept.sum()) == 10  # of 16
-    decoded = model.decode(tokens._replace(latents=tokens.latents * kept[..., None]))
-    assert torch.equal(pictures["adaptive"], decoded)
-    assert torch.equal(pictures["all"], model.decode(tokens))
-    assert not torch.equal(pictures["random"], decoded)
-    torch.testing.assert_close(pictures["mean"], mean_colour(clip.float() / 255))
+    decoded = model.decode(tokens, kept)
+    assert torch.equal(reconstruction(model, tokens, "adaptive"), decoded)
+    assert torch.equal(reconstruction(model, tokens, "all"), model.decode(tokens))
+    drawn = reconstruction(model, tokens, "random", seed=1)
+    assert not torch.equal(drawn, decoded)
+    assert not torch.equal(drawn, reconstruction(model, tokens, "random", seed=2))
 
 
 def test_evaluation_of_a_list_with_broken_files(video_folder):
@@ -240,5 +236,7 @@ def test_missing_opencv_is_named(monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(flow.importlib, "import_module", absent)
+    assert not flow.flow_available()
+    assert "optical flow (DIS)" not in score_precision(make(), scenes=1)
     with pytest.raises(ValueError, match="pip install opencv-python-headless"):
         flow.flow_scores(scene("still", seed=0, frames=4, size=32).video)

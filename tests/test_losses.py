@@ -155,6 +155,10 @@ def test_other_sources_are_refused(tmp_path):
         ("no_such_package:LPIPS", "callable of an installed package, got no_such_package:LPIPS"),
         ("math:nothing", "math:nothing"),
         ("builtins:dict", "torch module, got dict"),
+        ("torch.nn:Linear", "torch.nn:Linear: .*missing"),
+        ("math:pi", "not callable"),
+        (".foo:bar", "callable of an installed package, got .foo:bar"),
+        (":x", "found no file :x"),
     ):
         with pytest.raises(ValueError, match=words):
             perceptual_distance(source)

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from vmae import AdaptiveTokenizer, TokenizerConfig, Tokens
+from vmae.tokens import joined
 
 SIDE = 32  # a grid of 2 x 2 tokens
 
 
 def make(**changes) -> AdaptiveTokenizer:
     torch.manual_seed(0)
-    return AdaptiveTokenizer(TokenizerConfig.tiny(width=8, scorer_width=4, tile=8, **changes)).eval()
+    return AdaptiveTokenizer(TokenizerConfig.tiny(**{"width": 8, "scorer_width": 4, "tile": 8, **changes})).eval()
 
 
 MODEL = make()
@@ -27,10 +28,9 @@ def video(batch: int = 1, frames: int = 22, seed: int = 0) -> torch.Tensor:
     return pixels.permute(0, 4, 1, 2, 3)
 
 
-def some_dropped(tokens: Tokens, seed: int = 0) -> Tokens:
-    """Half of the tokens set to 0."""
-    keep = torch.rand(tokens.codes.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-    return tokens._replace(latents=tokens.latents * keep[..., None])
+def half_of(tokens: Tokens) -> torch.Tensor:
+    """A mask of some tokens."""
+    return torch.rand(tokens.codes.shape, generator=torch.Generator().manual_seed(0)) < 0.5
 
 
 def piece_of(tokens: Tokens, start: int, stop: int) -> Tokens:
@@ -38,11 +38,6 @@ def piece_of(tokens: Tokens, start: int, stop: int) -> Tokens:
     _, h, w = tokens.grid
     parts = (part[:, start * h * w : stop * h * w] for part in (tokens.latents, tokens.codes, tokens.scores))
     return Tokens(*parts, grid=(stop - start, h, w))
-
-
-def joined(parts: list[Tokens]) -> Tokens:
-    grid = (sum(p.grid[0] for p in parts), *parts[0].grid[1:])
-    return Tokens(*(torch.cat([p[i] for p in parts], 1) for i in range(3)), grid=grid)
 
 
 def assert_same(a: Tokens, b: Tokens) -> None:
@@ -63,10 +58,11 @@ def bounds(cuts: list[int], length: int) -> list[tuple[int, int]]:
     window=st.sampled_from([None, 4, 8, 16]),
 )
 def test_decoding_in_pieces_gives_the_whole_bitwise(cuts, latent_frames, batch, window):
-    tokens = some_dropped(MODEL.encode(video(batch, 2 * latent_frames)))
+    tokens = MODEL.encode(video(batch, 2 * latent_frames))
+    kept = half_of(tokens)
     stream = MODEL.decode_stream(window=window)
-    parts = [stream.push(piece_of(tokens, a, b)) for a, b in bounds(cuts, latent_frames)]
-    whole = MODEL.decode(tokens, window=window)
+    parts = [stream.push(piece_of(tokens, a, b), kept[:, 4 * a : 4 * b]) for a, b in bounds(cuts, latent_frames)]
+    whole = MODEL.decode(tokens, kept, window=window)
     assert whole.shape == (batch, 3, 2 * latent_frames, SIDE, SIDE)
     assert torch.equal(torch.cat([*parts, stream.flush()], 2), whole)
 
@@ -118,13 +114,27 @@ def test_a_saved_stream_goes_on_elsewhere(cut, window):
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 7, 9])
 def test_a_saved_decoder_goes_on_elsewhere(cut):
-    tokens = some_dropped(MODEL.encode(video(2)))
+    tokens = MODEL.encode(video(2))
+    kept = half_of(tokens)
     stream = MODEL.decode_stream()
-    before = stream.push(piece_of(tokens, 0, cut))
+    before = stream.push(piece_of(tokens, 0, cut), kept[:, : 4 * cut])
     other = make().decode_stream()
     other.load_state_dict(load(save(stream.state_dict())))
-    parts = [before, other.push(piece_of(tokens, cut, 11)), other.flush()]
-    assert torch.equal(torch.cat(parts, 2), MODEL.decode(tokens))
+    parts = [before, other.push(piece_of(tokens, cut, 11), kept[:, 4 * cut :]), other.flush()]
+    assert torch.equal(torch.cat(parts, 2), MODEL.decode(tokens, kept))
+
+
+def test_a_dropped_token_shows_what_was_last_kept_and_a_kept_one_itself():
+    tokens = MODEL.encode(video(frames=8))
+    kept = half_of(tokens)
+    held = tokens.latents.clone()
+    for n in range(16):
+        if not kept[0, n]:
+            held[0, n] = held[0, n - 4] if n >= 4 else 0
+    assert torch.equal(MODEL.decode(tokens, kept), MODEL.decode(tokens._replace(latents=held)))
+    blank = tokens._replace(latents=tokens.latents * (torch.arange(16) != 9)[None, :, None])
+    dropped = torch.arange(16)[None] != 9
+    assert not torch.equal(MODEL.decode(blank), MODEL.decode(blank, dropped))  # all 0 and kept is not dropped
 
 
 def test_saving_does_not_disturb_and_an_unused_stream_has_no_state():
@@ -237,12 +247,25 @@ def test_states_that_do_not_fit_are_refused():
     stream = MODEL.stream()
     stream.push(video())
     state = stream.state_dict()
-    with pytest.raises(ValueError, match=r"state of a VideoStream.*differs in.*carried\.encoder"):
+    with pytest.raises(ValueError, match=r"that of a VideoStream.*differs in.*carried\.encoder"):
         MODEL.decode_stream().load_state_dict(state)
     with pytest.raises(ValueError, match=r"differs in \['carried.scorer'\]"):
         MODEL.stream().load_state_dict({n: t for n, t in state.items() if n != "carried.scorer"})
-    with pytest.raises(ValueError, match=r"position, got 3"):
-        MODEL.stream().load_state_dict({**state, "position": torch.tensor(3)})
+    other = make(width=16).stream()
+    for change, words in (
+        ({"position": torch.tensor(3)}, "position, got 3"),
+        ({"held": state["held"][0]}, r"held of shape \[3, 6, 32, 32\]"),
+        ({"held": state["held"].repeat(1, 1, 2, 1, 1)}, r"held of shape \[1, 3, 12, 32, 32\]"),
+        ({"held": state["held"].repeat(2, 1, 1, 1, 1)}, r"of shape \[1, "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            stream.load_state_dict({**state, **change})
+    with pytest.raises(ValueError, match=r"got carried\.encoder\..* of shape"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"window, got held of shape \[1, 3, 6, 32, 32\]"):
+        MODEL.stream(window=4).load_state_dict(state)
+    assert other.state_dict() == {}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in stream.state_dict().items())  # refused whole
 
 
 @pytest.mark.parametrize(
@@ -256,6 +279,18 @@ def test_states_that_do_not_fit_are_refused():
 def test_tokens_that_do_not_fit_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         MODEL.decode(change(MODEL.encode(video())))
+
+
+def test_masks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"kept: expected shape \[1, 44\], got \[1, 40\]"):
+        MODEL.decode(MODEL.encode(video()), torch.ones(1, 40))
+
+
+def test_latents_of_another_dtype_are_decoded_in_it():
+    tokens = MODEL.encode(video())
+    decoded = MODEL.decode(tokens._replace(latents=tokens.latents.bfloat16()))
+    assert decoded.dtype == torch.bfloat16
+    torch.testing.assert_close(decoded.float(), MODEL.decode(tokens), atol=1e-2, rtol=1e-2)
 
 
 def test_streams_refuse_pieces_of_another_shape_and_an_end_without_a_start():

@@ -13,7 +13,7 @@ from test_losses import vgg_weights
 
 from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, checkpoint, tokenizer_training
 from vmae.tokenizer_training import TokenizerRun, evaluated, train_tokenizer
-from vmae.training import Clips, Optimisation, TrainingError
+from vmae.training import PATIENCE, Clips, Optimisation, TrainingError
 
 
 def run_on(data: Path, out: Path, *, steps: int = 6, size: int = 32, options: dict | None = None, **changes):
@@ -84,23 +84,32 @@ def test_a_discriminator_that_wins_ends_the_run(moving_square, tmp_path, monkeyp
     assert 3 <= len(log_of(tmp_path / "run")) < 10
 
 
-def test_a_discriminator_without_a_number_ends_the_run(moving_square, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer_training, "discriminator_loss", lambda real, fake: real.sum() * float("nan"))
-    with pytest.raises(TrainingError, match="step 3: the discriminator diverged: its loss is nan"):
-        train_tokenizer(run_on(moving_square, tmp_path / "run", gan=0.1, gan_after=0.5))
+def test_a_discriminator_without_a_number_is_left_out_then_ends_the_run(moving_square, tmp_path, monkeypatch):
+    loss, broken = tokenizer_training.discriminator_loss, [False, True, True, False, *[True] * PATIENCE]
+    flags = iter(broken)
+
+    def sometimes(real, fake):
+        return loss(real, fake) * (float("nan") if next(flags) else 1)
+
+    monkeypatch.setattr(tokenizer_training, "discriminator_loss", sometimes)
+    words = rf"step {len(broken) - 1}: the discriminator diverged: expected a finite.*nan.*{PATIENCE} times in a row"
+    with pytest.raises(TrainingError, match=words):
+        train_tokenizer(run_on(moving_square, tmp_path / "run", steps=20, gan=0.1, gan_after=0.0))
+    seen = ["discriminator" in line for line in log_of(tmp_path / "run")]
+    assert seen == [not flag for flag in broken[:-1]]
 
 
 def test_codes_that_collapse_end_the_run(moving_square, tmp_path, monkeypatch):
     counts = tokenizer_training.code_counts
 
-    def collapsed(codes, levels):
-        result = counts(codes, levels)
+    def collapsed(codes, levels, weights):
+        result = counts(codes, levels, weights)
         result[3] = 0
         result[3, 5] = codes.numel()
         return result
 
     monkeypatch.setattr(tokenizer_training, "code_counts", collapsed)
-    with pytest.raises(TrainingError, match=r"step 5: the codes have collapsed: dimension 3 of 6 carried -?0\.0"):
+    with pytest.raises(TrainingError, match=r"step 5: the codes have collapsed: dimension 3 of 6 carried 0\.000"):
         train_tokenizer(run_on(moving_square, tmp_path / "run", steps=10))
 
 
@@ -183,21 +192,81 @@ def test_aside_and_trained_videos_are_disjoint_and_repeat_by_seed(many_videos):
         dataset.split(11, seed=0)
 
 
-def test_the_choice_begins_again_with_the_adversary(many_videos, tmp_path, monkeypatch):
-    errors = iter([1.0, 3.0, 2.0])
+@pytest.mark.parametrize(
+    ("perceptual", "chosen"), [(False, [True, True, True, True]), (True, [True, True, False, True])]
+)
+def test_the_choice_under_an_adversary(perceptual, chosen, many_videos, tmp_path, monkeypatch):
+    """What did not see the adversary no longer competes; pixels alone cannot judge it, and the newest model is kept."""
+    errors = iter([1.0, 2.0, 3.0, 1.5])
     monkeypatch.setattr(tokenizer_training._TokenizerTraining, "_error_aside", lambda self: next(errors))
-    run = run_on(many_videos, tmp_path / "run", aside=0.5, gan=0.1, gan_after=0.4, options={"save_every": 2})
+    weights = str(tmp_path / "vgg.safetensors") if perceptual else None
+    save_file(vgg_weights(), tmp_path / "vgg.safetensors")
+    run = run_on(
+        many_videos, tmp_path / "run", steps=8, size=16, aside=0.5, gan=0.1, gan_after=0.3, perceptual=weights,
+        options={"save_every": 2},
+    )  # fmt: skip
     lines = [line for line in log_of(train_tokenizer(run)) if "aside" in line]
-    assert [line["chosen"] for line in lines] == [True, True, True]  # the first saw no adversary
+    assert [line["chosen"] for line in lines] == chosen
+
+
+def test_a_stopped_run_keeps_the_best_and_saves_at_once_if_there_is_none(moving_square, tmp_path, monkeypatch):
+    aside = [ClipDataset(moving_square, frames=8, size=32)[0][0][None]]
+    task = tokenizer_training._TokenizerTraining(tiny(), run_on(moving_square, tmp_path), aside)
+
+    def unwanted(self):
+        raise AssertionError("there may be no time to look at clips")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer_training._TokenizerTraining, "_error_aside", unwanted)
+        task.stopped(tmp_path)
+    first = (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        task.average.encoder.stem.weight += 1
+    task.stopped(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == first
+
+
+def test_a_save_that_is_stopped_is_made_up_for(moving_square, tmp_path, monkeypatch):
+    aside = [ClipDataset(moving_square, frames=8, size=32)[0][0][None]]
+    task = tokenizer_training._TokenizerTraining(tiny(), run_on(moving_square, tmp_path), aside)
+
+    def interrupted(model, out):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            task.save(tmp_path)
+    assert task.save(tmp_path)["chosen"]
+
+
+def test_the_seed_determines_a_run_with_an_adversary(moving_square, tmp_path):
+    logs = []
+    for name in ("a", "b"):
+        torch.manual_seed(len(name) if name == "a" else 99)  # what the caller drew before does not matter
+        out = train_tokenizer(run_on(moving_square, tmp_path / name, steps=4, gan=0.1, gan_after=0.0))
+        logs.append([(line["loss"], line["discriminator"]) for line in log_of(out)])
+    assert logs[0] == logs[1]
+
+
+def test_broken_videos_set_aside_are_named(many_videos, tmp_path, capsys):
+    dataset = ClipDataset(many_videos, frames=8, size=32)
+    for seed in range(20):  # the first one that sets a broken video aside
+        aside = dataset.split(5, seed=seed)[1]
+        if broken := [path for path, _ in aside.entries if path.name in ("x.mp4", "y.mp4")]:
+            break
+    out = train_tokenizer(run_on(many_videos, tmp_path / "run", steps=1, aside=0.5, options={"seed": seed}))
+    text = capsys.readouterr().err
+    assert all(f"skipped: {path}" in text for path in broken)
+    assert "aside" in log_of(out)[-1]
 
 
 def test_the_error_aside_is_the_loss_without_the_adversary(moving_square, tmp_path):
     model = tiny()
-    dataset = ClipDataset(moving_square, frames=8, size=32)
-    task = tokenizer_training._TokenizerTraining(model, run_on(moving_square, tmp_path / "run"), dataset)
-    clip = dataset[0][0][None]
+    clip = ClipDataset(moving_square, frames=8, size=32)[0][0][None]
+    task = tokenizer_training._TokenizerTraining(model, run_on(moving_square, tmp_path / "run"), [clip])
     model.eval()
-    expected = [float(model(clip, seed=0, keep=keep).pixels) for keep in (1.0, 0.49)]
+    expected = [model(clip, seed=0, keep=keep).pixels.item() for keep in (1.0, 0.49)]
     # decode stays in [0, 1], where the network may leave it
     assert task._error_aside() == pytest.approx(sum(expected) / 2, rel=0.05)
 

@@ -37,6 +37,8 @@ def tokenizer(
         evaluate: folder of a tokenizer: train nothing, measure it on clips from the middle of the videos in --data.
         json_: print the evaluation as json.
     """
+    if json_ and evaluate is None:
+        raise ValueError("json: expected with --evaluate, which prints it")
     if evaluate is None:
         print(f"The tokenizer is in {train_tokenizer(run)}")
     else:

@@ -1,7 +1,6 @@
 """How good a tokenizer is: what it reconstructs, how much of its codes it uses, and what its scores mean."""
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vmae.dataset import ClipDataset
-from vmae.flow import flow_scores
+from vmae.flow import flow_available, flow_scores
 from vmae.scenes import KINDS, average_precision, scene
 from vmae.scorer import token_scores
 from vmae.tokenizer import AdaptiveTokenizer
@@ -40,8 +39,8 @@ class Evaluation:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of videos [B, C, T, H, W] in [0, 1]; [B]. Equal videos give infinity."""
-    return -10 * (a - b).square().flatten(1).mean(1).log10()
+    """Peak signal-to-noise ratio in dB of videos [B, C, T, H, W] in [0, 1], 100 dB at most; [B]."""
+    return -10 * (a - b).square().flatten(1).mean(1).clamp_min(1e-10).log10()
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
@@ -51,7 +50,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     standard deviation 1.5, K1 = 0.01, K2 = 0.03; only where the window lies inside the picture.
     """
     batch = a.shape[0]
-    a, b = (x.transpose(1, 2).reshape(-1, 1, *x.shape[3:]) for x in (a, b))
+    # In float64: variances are differences of squares, and convolutions may round to less than float32.
+    a, b = (x.double().transpose(1, 2).reshape(-1, 1, *x.shape[3:]) for x in (a, b))
     window = torch.exp(-((torch.arange(11, device=a.device) - 5.0) ** 2) / (2 * 1.5**2)).to(a.dtype)
     window = window / window.sum()
 
@@ -64,7 +64,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     c1, c2 = 0.01**2, 0.03**2
     index = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     index = index / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return index.reshape(batch, -1).mean(1)
+    return index.reshape(batch, -1).mean(1).float()
 
 
 def mean_colour(video: Tensor) -> Tensor:
@@ -74,12 +74,13 @@ def mean_colour(video: Tensor) -> Tensor:
     return mean.repeat_interleave(t, 2).repeat_interleave(h, 3).repeat_interleave(w, 4)
 
 
-def code_counts(codes: Tensor, levels: tuple[int, ...]) -> Tensor:
-    """How often each level occurs in each dimension of the codes: [L, max(levels)], float64."""
+def code_counts(codes: Tensor, levels: tuple[int, ...], weights: Tensor | None = None) -> Tensor:
+    """How often each level occurs in each dimension of the codes, each with its weight: [L, max(levels)], float64."""
     counts = torch.zeros(len(levels), max(levels), dtype=torch.float64, device=codes.device)
     rest = codes.flatten().long()
+    weights = None if weights is None else weights.flatten().double()
     for row, level in zip(counts, levels, strict=True):
-        row[:level] = torch.bincount(rest % level, minlength=level)
+        row[:level] = torch.bincount(rest % level, weights, minlength=level)
         rest = rest // level
     return counts
 
@@ -87,29 +88,18 @@ def code_counts(codes: Tensor, levels: tuple[int, ...]) -> Tensor:
 def entropy_bits(counts: Tensor) -> list[float]:
     """The entropy of each row of counts [L, levels], in bits."""
     share = counts / counts.sum(1, keepdim=True).clamp_min(1)
-    return (-(share * share.clamp_min(1e-300).log2()).sum(1)).tolist()
+    return (0.0 - (share * share.clamp_min(1e-300).log2()).sum(1)).tolist()
 
 
-def reconstructions(tokenizer: AdaptiveTokenizer, clip: Tensor, *, seed: int) -> tuple[dict[str, Tensor], Tokens]:
-    """What stands for a clip uint8 [1, 3, T, H, W], each in [0, 1], and its tokens.
-
-    `mean`: each tubelet's mean colour; `all` tokens; as many as training keeps: the highest scores (`adaptive`), or any
-    (`random`), in both cases with the whole first latent frame.
-    """
-    tokens = tokenizer.encode(clip)
-
-    def decoded(scores: Tensor | None) -> Tensor:
-        weights = 1.0 if scores is None else tokenizer.keep_weights(scores, tokens.grid, seed=0)[..., None]
-        return tokenizer.decode(tokens._replace(latents=tokens.latents * weights))
-
-    drawn = torch.rand(tokens.scores.shape, generator=torch.Generator().manual_seed(seed)).to(clip.device)
-    pictures = {
-        "mean": mean_colour(clip.float() / 255),
-        "all": decoded(None),
-        "adaptive": decoded(tokens.scores),
-        "random": decoded(drawn),
-    }
-    return pictures, tokens
+def reconstruction(tokenizer: AdaptiveTokenizer, tokens: Tokens, name: str, *, seed: int = 0) -> Tensor:
+    """The video in [0, 1] of `all` tokens, or of as many as training keeps: the highest scores (`adaptive`) or any ones
+    (`random`, drawn by `seed`), in both cases with the whole first latent frame."""
+    if name == "all":
+        return tokenizer.decode(tokens)
+    scores = tokens.scores
+    if name == "random":
+        scores = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)).to(scores.device)
+    return tokenizer.decode(tokens, tokenizer.keep_weights(scores, tokens.grid, seed=0))
 
 
 @torch.no_grad()
@@ -127,7 +117,7 @@ def evaluate(
 
     Args:
         tokenizer: in evaluation mode.
-        dataset: its clips; those of random start are taken from the middle.
+        dataset: its clips are `dataset[i]`.
         untrained: the tokenizer as it was initialised, for comparison of its scores.
         autocast: gives the context to compute in.
         seed: of what is drawn at random.
@@ -148,9 +138,12 @@ def evaluate(
             skipped.append(str(error))
             continue
         used += 1
-        with autocast():
-            pictures, tokens = reconstructions(tokenizer, clip, seed=seed + index)
         truth = clip.float() / 255
+        pictures = {"mean": mean_colour(truth)}
+        with autocast():
+            tokens = tokenizer.encode(clip)
+            for name in ("all", "adaptive", "random"):
+                pictures[name] = reconstruction(tokenizer, tokens, name, seed=seed + index)
         for name, picture in pictures.items():
             psnrs.setdefault(name, []).append(psnr(picture.float(), truth).item())
             ssims.setdefault(name, []).append(ssim(picture.float(), truth).item())
@@ -198,7 +191,7 @@ def score_precision(
     if untrained is not None:
         scorers["untrained"] = functools.partial(_scores, untrained)
     scorers["frame difference"] = frame_difference
-    if importlib.util.find_spec("cv2"):
+    if flow_available():
         scorers["optical flow (DIS)"] = flow_scores
     total: dict[str, dict[str, float]] = {name: dict.fromkeys(KINDS, 0.0) for name in scorers}
     for kind in KINDS:

@@ -10,6 +10,15 @@ from torch import Tensor
 from vmae.tokens import TUBELET, check_video
 
 
+def flow_available() -> bool:
+    """Whether OpenCV is installed and can be used."""
+    try:
+        importlib.import_module("cv2")
+    except ImportError:
+        return False
+    return True
+
+
 def flow_scores(video: Tensor) -> Tensor:
     """Mean length of the optical flow in each tubelet, in pixels per frame.
 

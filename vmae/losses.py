@@ -133,13 +133,13 @@ def perceptual_distance(source: str) -> nn.Module:
     `source`: a safetensors file with VGG16's weights, or `package:callable` of an installed package, such as
     `lpips:LPIPS`: called without arguments, it gives a module of two arguments.
     """
-    package, found, name = source.partition(":")
-    if source.endswith(".safetensors") or not found:
+    package, _, name = source.partition(":")
+    if source.endswith(".safetensors") or not (package and name):
         distance: Any = VGGDistance(source)
     else:
         try:
             distance = getattr(importlib.import_module(package), name)()
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"perceptual: expected a callable of an installed package, got {source}: {error}"
             ) from error

@@ -61,15 +61,15 @@ def loss_plot(logs: Mapping[str, Path], out: str | Path) -> None:
 
 
 def read_losses(log: Path) -> list[float]:
-    """The losses of a training log; a last line that a kill cut short does not count."""
+    """The losses of a training log, of a tokenizer those of the pixels; a line that a kill cut short does not count."""
     losses = []
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
-            loss = json.loads(line)["loss"]
+            figures = json.loads(line)
         except json.JSONDecodeError:
             break
-        if loss is not None:  # a step that was left out
-            losses.append(float(loss))
+        if figures["loss"] is not None:  # a step that was left out
+            losses.append(float(figures.get("pixels", figures["loss"])))
     return losses
 
 

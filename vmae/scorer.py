@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vmae.tokens import TUBELET
@@ -24,10 +25,18 @@ class Scorer(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """[B, 3, T, H, W] in [-1, 1] -> features [B, D, T / 2, H / 16, W / 16], in the weights' dtype.
 
-        Autocast is ignored: a score is a small difference of large features, and bfloat16 leaves little of it.
+        A score is a small difference of large features, of which bfloat16 leaves little. So autocast is ignored, and
+        the convolutions are products of patches and a matrix: on every device these are in full float32.
         """
         with torch.autocast(video.device.type, enabled=False):
-            return self.second(F.silu(self.first(video)))
+            return _patchwise(self.second, F.silu(_patchwise(self.first, video)))
+
+
+def _patchwise(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """A convolution whose kernel is as large as its stride; the result is channels last."""
+    kt, kh, kw = conv.weight.shape[2:]
+    patches = rearrange(x, "b c (t kt) (h kh) (w kw) -> b t h w (c kt kh kw)", kt=kt, kh=kh, kw=kw)
+    return F.linear(patches, conv.weight.flatten(1), conv.bias).permute(0, 4, 1, 2, 3)
 
 
 def token_scores(features: Tensor, previous: Tensor | None = None, *, before: Tensor | None = None) -> Tensor:

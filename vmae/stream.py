@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vmae.layers import CausalConv3d, State
-from vmae.scorer import token_scores
+from vmae.scorer import Scorer, token_scores
 from vmae.tokens import TUBELET, Tokens, check_video, joined
 from vmae_kernels import fsq
 
@@ -25,7 +25,13 @@ class _Stream:
     """
 
     def __init__(
-        self, tokenizer: "AdaptiveTokenizer", carriers: list[torch.nn.Module], window: int | None, *, step: int
+        self,
+        tokenizer: "AdaptiveTokenizer",
+        carriers: list[torch.nn.Module],
+        window: int | None,
+        *,
+        step: int,
+        channels: int,
     ):
         """`carriers`: modules that leave something in the state; `step`: frames per element of a piece's time."""
         tile = tokenizer.config.tile
@@ -34,7 +40,7 @@ class _Stream:
             if window < 1 or window % TUBELET[0] or window % tile:
                 expected = f"an even number of frames, below the tile of {tokenizer.config.tile} or a multiple of it"
                 raise ValueError(f"window: expected {expected}, got {window}")
-        self._tokenizer = tokenizer
+        self._tokenizer, self._channels = tokenizer, channels
         self._names = {module: name for name, module in tokenizer.named_modules() if module in set(carriers)}
         self._tile, self._window = tile // step, None if window is None else window // step
         self._held: Tensor | None = None
@@ -109,22 +115,27 @@ class _Stream:
         """Go on from the state of another stream of the same kind, window and weights, perhaps on another device.
 
         Raises:
-            ValueError: the state is none of this tokenizer's, or of another kind of stream.
+            ValueError: the state is none of this tokenizer's, or of another kind of stream. The stream is as before.
         """
-        carried = {name: state[f"carried.{name}"] for name in self._names.values() if f"carried.{name}" in state}
-        known = {f"carried.{name}" for name in carried} | ({"held", "position"} if state else set())
-        if state.keys() != known or len(carried) not in (0, len(self._names)):
-            wrong = sorted(state.keys() ^ (known | {f"carried.{name}" for name in self._names.values()}))
-            raise ValueError(
-                f"state: expected the state of a {type(self).__name__} of this tokenizer, differs in {wrong}"
-            )
+        modules = {f"carried.{name}": module for module, name in self._names.items()}
+        carried = {name: tensor for name, tensor in state.items() if name in modules}
+        expected = ({"held", "position"} | (modules.keys() if carried else set())) if state else set()
+        if wrong := sorted(state.keys() ^ expected):
+            raise ValueError(f"state: expected that of a {type(self).__name__} of this tokenizer, differs in {wrong}")
+        for name in ("held", *carried) if state else ():
+            shape = state[name].shape
+            channels, frames = (self._channels, None) if name == "held" else self._carries(modules[name])
+            right = len(shape) == 5 and shape[:2] == (state["held"].shape[0], channels)
+            if not right or (shape[2] >= self._tile if frames is None else shape[2] != frames):
+                raise ValueError(
+                    f"state: expected that of this tokenizer and window, got {name} of shape {list(shape)}"
+                )
         position = int(state["position"]) if state else 0
         if position < 0 or position % self._tile or (self._window is not None and position >= self._window):
             raise ValueError(
                 f"state: expected a multiple of {self._tile} below {self._window} as position, got {position}"
             )
         device = self._tokenizer.encoder.stem.weight.device
-        modules = {name: module for module, name in self._names.items()}
 
         def restored(tensor: Tensor) -> Tensor:
             return tensor.to(device, memory_format=torch.channels_last_3d, copy=True)
@@ -133,13 +144,21 @@ class _Stream:
         self._state = {modules[name]: restored(tensor) for name, tensor in carried.items()}
         self._position = position
 
+    def _carries(self, module: torch.nn.Module) -> tuple[int, int]:
+        """Channels and frames of what a module leaves in the state."""
+        if isinstance(module, CausalConv3d):
+            return module.weight.shape[1], module.weight.shape[2] - module.stride[0]
+        if isinstance(module, Scorer):
+            return module.second.out_channels, 1
+        return len(self._tokenizer.config.levels), 1  # Hold
+
 
 class TokenStream(_Stream):
     """Tokens of a video that comes in pieces; see `AdaptiveTokenizer.stream`."""
 
     def __init__(self, tokenizer: "AdaptiveTokenizer", window: int | None):
         carriers = [m for m in tokenizer.encoder.modules() if isinstance(m, CausalConv3d)]
-        super().__init__(tokenizer, [*carriers, tokenizer.scorer], window, step=1)
+        super().__init__(tokenizer, [*carriers, tokenizer.scorer], window, step=1, channels=3)
 
     @torch.no_grad()
     def push(self, frames: Tensor) -> Tokens:
@@ -182,20 +201,28 @@ class VideoStream(_Stream):
     """The video that tokens stand for, as they come in pieces; see `AdaptiveTokenizer.decode_stream`."""
 
     def __init__(self, tokenizer: "AdaptiveTokenizer", window: int | None):
-        carriers = [m for m in tokenizer.decoder.modules() if isinstance(m, CausalConv3d)]
-        super().__init__(tokenizer, [*carriers, tokenizer.decoder.hold], window, step=TUBELET[0])
+        carriers: list[torch.nn.Module] = [m for m in tokenizer.decoder.modules() if isinstance(m, CausalConv3d)]
+        carriers.append(tokenizer.decoder.hold)
+        super().__init__(tokenizer, carriers, window, step=TUBELET[0], channels=len(tokenizer.config.levels) + 1)
 
     @torch.no_grad()
-    def push(self, tokens: Tokens) -> Tensor:
-        """Take tokens of any number of latent frames; returns the frames [B, 3, T, H, W] in [0, 1] that are ready."""
+    def push(self, tokens: Tokens, kept: Tensor | None = None) -> Tensor:
+        """Take tokens of any number of latent frames; returns the frames [B, 3, T, H, W] in [0, 1] that are ready.
+
+        `kept`: [B, N], 0 or False for tokens that were dropped; None if all were kept.
+        """
         latents, grid = tokens.latents, tokens.grid
-        levels = len(self._tokenizer.config.levels)
-        if latents.ndim != 3 or latents.shape[1:] != (math.prod(grid), levels) or not latents.is_floating_point():
+        n, levels = math.prod(grid), len(self._tokenizer.config.levels)
+        if latents.ndim != 3 or latents.shape[1:] != (n, levels) or not latents.is_floating_point():
             raise ValueError(
-                f"tokens: expected floating point latents [B, {math.prod(grid)}, {levels}] for the grid {grid}, "
+                f"tokens: expected floating point latents [B, {n}, {levels}] for the grid {grid}, "
                 f"got {list(latents.shape)} {latents.dtype}"
             )
-        piece = self._tokenizer.as_grid(latents, grid)
+        if kept is None:
+            kept = latents.new_ones(latents.shape[:2])
+        if kept.shape != latents.shape[:2]:
+            raise ValueError(f"kept: expected shape {list(latents.shape[:2])}, got {list(kept.shape)}")
+        piece = self._tokenizer.as_grid(torch.cat((latents, kept[..., None].to(latents)), dim=2), grid)
         self._check_piece("tokens", piece)
         return self._joined(self._advance(piece, self._decode), piece)
 
@@ -208,8 +235,8 @@ class VideoStream(_Stream):
         return self._joined(self._advance(None, self._decode), held)
 
     def _decode(self, tile: Tensor, length: int) -> Tensor:
-        kept = (tile != 0).any(dim=1, keepdim=True).to(tile.dtype)
-        video = self._tokenizer.decoder(tile, kept, self._state)[:, :, : length * TUBELET[0]]
+        latents = tile.to(self._tokenizer.encoder.stem.weight.dtype)
+        video = self._tokenizer.decoder(latents[:, :-1], latents[:, -1:], self._state)[:, :, : length * TUBELET[0]]
         return ((video.to(tile.dtype) + 1) / 2).clamp(0, 1)
 
     def _joined(self, parts: list[Tensor], latents: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class TokenizerConfig:
     """Share of tokens kept in training: 768 of 1,568."""
     selection: Literal["perturbed", "straight_through"] = "straight_through"
     """How gradients pass the top-k: expected indicator under noise, or straight through to the scores."""
-    sigma: float = 0.05
+    sigma: float = 0.5
     """Of the perturbation, in standard deviations of a clip's scores."""
     samples: int = 64
     """Of the perturbation."""
@@ -63,6 +63,10 @@ class TokenizerConfig:
             )
         if not 0 < self.sigma < math.inf:
             raise ValueError(f"sigma: expected a number above 0, got {self.sigma}")
+        if not 0 <= self.stability < math.inf:
+            raise ValueError(f"stability: expected a number from 0, got {self.stability}")
+        if not 0 < self.probes <= 1:
+            raise ValueError(f"probes: expected a share above 0 and up to 1, got {self.probes}")
         for name in ("width", "blocks", "scorer_width", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -233,16 +237,26 @@ class AdaptiveTokenizer(nn.Module, Saved):
         """
         return TokenStream(self, window)
 
-    def decode(self, tokens: Tokens, *, window: int | None = None) -> Tensor:
+    def decode(self, tokens: Tokens, kept: Tensor | None = None, *, window: int | None = None) -> Tensor:
         """The video [B, 3, T, H, W] in [0, 1], in the latents' dtype, that the tokens stand for.
 
-        `window`: the one that the tokens were encoded with.
+        Args:
+            tokens: of whole latent frames; only latents and grid are looked at.
+            kept: [B, N], 0 or False for tokens that were dropped: each shows what was last kept at its place. None if
+                all were kept.
+            window: the one that the tokens were encoded with.
+
+        Raises:
+            ValueError: shapes, dtype or window are not as above.
         """
         stream = self.decode_stream(window=window)
-        return torch.cat([stream.push(tokens), stream.flush()], dim=2)
+        return torch.cat([stream.push(tokens, kept), stream.flush()], dim=2)
 
     def decode_stream(self, *, window: int | None = None) -> VideoStream:
-        """Decode tokens as they come: `push(tokens)`, then `flush()`; bitwise the video of `decode`. See `stream`."""
+        """Decode tokens as they come: `push(tokens, kept)`, then `flush()`; bitwise the video of `decode`.
+
+        Memory, saving and moving as for `stream`.
+        """
         return VideoStream(self, window)
 
     def normalised(self, video: Tensor) -> Tensor:

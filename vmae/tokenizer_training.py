@@ -1,6 +1,5 @@
 """Training an adaptive tokenizer: pixels, a discriminator, a perceptual distance, averaged weights."""
 
-import contextlib
 import copy
 import functools
 import json
@@ -18,10 +17,12 @@ from torch import Tensor, nn
 
 from vmae import checkpoint
 from vmae.dataset import ClipDataset
-from vmae.evaluation import Evaluation, code_counts, entropy_bits, evaluate, reconstructions
+from vmae.evaluation import Evaluation, code_counts, entropy_bits, evaluate, reconstruction
 from vmae.losses import Discriminator, discriminator_loss, generator_loss, perceptual_distance, r1_penalty
 from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig
 from vmae.training import (
+    HINT,
+    PATIENCE,
     RUN,
     Clips,
     Optimisation,
@@ -94,29 +95,29 @@ def train_tokenizer(run: TokenizerRun) -> Path:
     run.check()
     check_run(run)
     dataset = clips_of(run)
-    count = min(round(run.aside * len(dataset)), MOST_ASIDE)
+    count = min(int(run.aside * len(dataset)), MOST_ASIDE)
     dataset, aside = dataset.split(count, seed=run.optimisation.seed)
     preset: Callable[..., TokenizerConfig] = getattr(TokenizerConfig, run.model)
     config = preset(selection=run.selection, keep=run.keep)
-    task = _TokenizerTraining(initialised(config, run.optimisation.seed), run, _usable(aside))
+    task = _TokenizerTraining(initialised(config, run.optimisation.seed), run, _clips(aside))
     for missing, consequence in (
         (run.perceptual is None, "no perceptual loss: --perceptual names its weights"),
-        (not len(task.aside), "no videos are set aside to choose the model by: the last one is saved"),
+        (not task.aside, "no videos are set aside to choose the model by: the last one is saved"),
     ):
         if missing:
             print(consequence, file=sys.stderr)
     return fit(task, dataset, run)
 
 
-def _usable(dataset: ClipDataset) -> ClipDataset:
-    """The dataset without the videos that cannot be used."""
-    usable = copy.copy(dataset)
-    usable.entries = []
-    for index, entry in enumerate(dataset.entries):
-        with contextlib.suppress(VideoError):
-            dataset[index]
-            usable.entries.append(entry)
-    return usable
+def _clips(dataset: ClipDataset) -> list[Tensor]:
+    """One clip uint8 [1, 3, T, H, W] of each video that can be used; the others are named."""
+    clips = []
+    for index in range(len(dataset)):
+        try:
+            clips.append(dataset[index][0][None])
+        except VideoError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+    return clips
 
 
 def initialised(config: TokenizerConfig, seed: int) -> AdaptiveTokenizer:
@@ -135,7 +136,7 @@ def _seed_of(folder: Path) -> int:
 
 
 class _TokenizerTraining(Task):
-    def __init__(self, model: AdaptiveTokenizer, run: TokenizerRun, aside: ClipDataset):
+    def __init__(self, model: AdaptiveTokenizer, run: TokenizerRun, aside: list[Tensor]):
         super().__init__(model)
         self.run, self.aside = run, aside
         self.device = device_of(run.optimisation.device)
@@ -144,12 +145,14 @@ class _TokenizerTraining(Task):
         self.best, self.adversarial = math.inf, False  # least error aside so far, and whether under the adversary
         self.gan_start = round(run.gan_after * run.optimisation.steps) if run.gan else run.optimisation.steps
         if run.gan:
-            self.discriminator = Discriminator(model.config.width).to(self.device)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(run.optimisation.seed)
+                self.discriminator = Discriminator(model.config.width).to(self.device)
             self.discriminator_optimizer = adamw(self.discriminator, run.optimisation)
-        self.discriminator_loss = 2 * math.log(2)  # running
+        self.discriminator_loss, self.failures = 2 * math.log(2), 0  # running; steps without a number, in a row
         self.counts = torch.zeros((), device=self.device)  # of codes, running
         self.step, self.passes = -1, list[tuple[Tensor, Tensor]]()  # real and fake clips of this step
-        self.figures: dict[str, float] = {}
+        self.figures: dict[str, Any] = {}
 
     def loss(self, clip: Tensor, *, step: int, seed: int) -> Tensor:
         run, model = self.run, self.model
@@ -158,19 +161,18 @@ class _TokenizerTraining(Task):
         total = output.loss
         if step != self.step:
             self.step, self.passes = step, []
-        self.figures = {"keep": keep, "pixels": output.pixels.item()}
-        codes = code_counts(output.codes[output.weights.detach() > 0], model.config.levels)
-        self.counts = codes + MEMORY * self.counts
+        self.figures = {"keep": keep, "pixels": output.pixels.detach()}  # read when the backward is under way
+        self.counts = code_counts(output.codes, model.config.levels, output.weights.detach()) + MEMORY * self.counts
         real = model.normalised(clip)
         if self.distance is not None:
             perceptual = self._perceptual(real, output.reconstruction, seed=seed)
             total = total + run.perceptual_weight * perceptual
-            self.figures["perceptual"] = perceptual.item()
+            self.figures["perceptual"] = perceptual.detach()
         if step >= self.gan_start:
             self.discriminator.requires_grad_(False)
             adversarial = generator_loss(self.discriminator(output.reconstruction))
             total = total + run.gan * adversarial
-            self.figures["adversarial"] = adversarial.item()
+            self.figures["adversarial"] = adversarial.detach()
             self.passes.append((real, output.reconstruction.detach()))
         return total
 
@@ -189,29 +191,36 @@ class _TokenizerTraining(Task):
             averaged.data.lerp_(current.data, 1 - decay)
         if step >= self.gan_start:
             self._train_discriminator(step)
-        return {**self.figures, "entropy": self._check_codes(step)}
+        return {name: float(value) for name, value in self.figures.items()} | {"entropy": self._check_codes(step)}
 
     def _train_discriminator(self, step: int) -> None:
         run = self.run
         self.discriminator.requires_grad_(True)
         set_learning_rate(self.discriminator_optimizer, step, run.optimisation)
-        loss = torch.zeros(())
+        total = 0.0
         for real, fake in self.passes:
             with autocast(self.device, run.optimisation.precision):
                 loss = discriminator_loss(self.discriminator(real), self.discriminator(fake))
             penalty = R1_EVERY * run.r1 * r1_penalty(self.discriminator, real) if step % R1_EVERY == 0 else 0.0
             ((loss + penalty) / len(self.passes)).backward()
+            total += loss.item() / len(self.passes)
         norm = float(nn.utils.clip_grad_norm_(self.discriminator.parameters(), run.optimisation.clip_norm))
-        if not (math.isfinite(loss.item()) and math.isfinite(norm)):
-            raise TrainingError(f"step {step}: the discriminator diverged: its loss is {loss}, its gradient {norm}")
-        self.discriminator_optimizer.step()
+        finite = math.isfinite(total) and math.isfinite(norm)
+        if finite:
+            self.discriminator_optimizer.step()
+            self.figures["discriminator"] = total
+            self.discriminator_loss = MEMORY * self.discriminator_loss + (1 - MEMORY) * total
         self.discriminator_optimizer.zero_grad()
-        self.figures["discriminator"] = loss.item()
-        self.discriminator_loss = MEMORY * self.discriminator_loss + (1 - MEMORY) * loss.item()
+        self.failures = 0 if finite else self.failures + 1
+        if self.failures == PATIENCE:
+            raise TrainingError(
+                f"step {step}: the discriminator diverged: expected a finite loss and gradient, got {total} and "
+                f"{norm}, {PATIENCE} times in a row; {HINT.format(run.out)}; try a lower --lr"
+            )
         if self.discriminator_loss < LOWEST_DISCRIMINATOR_LOSS:
             raise TrainingError(
                 f"step {step}: the discriminator has won: its loss was {self.discriminator_loss:.3f} of late "
-                f"(1.386 is a draw); {run.out} holds the last checkpoint; try a higher --r1 or --gan-after"
+                f"(1.386 is a draw); {HINT.format(run.out)}; try a higher --r1 or --gan-after"
             )
 
     def _check_codes(self, step: int) -> list[float]:
@@ -219,37 +228,40 @@ class _TokenizerTraining(Task):
         if step >= min(200, self.run.optimisation.steps // 2) and min(bits) < FEWEST_BITS:
             raise TrainingError(
                 f"step {step}: the codes have collapsed: dimension {bits.index(min(bits))} of {len(bits)} carried "
-                f"{min(bits):.3f} bits of late; {self.run.out} holds the last checkpoint; try a lower --lr"
+                f"{min(bits):.3f} bits of late; {HINT.format(self.run.out)}; try a lower --lr"
             )
         return [round(b, 3) for b in bits]
 
-    def save(self, out: Path, step: int) -> dict[str, Any]:
-        if not len(self.aside):
+    def save(self, out: Path) -> dict[str, Any]:
+        if not self.aside:
             checkpoint.save(self.average, out)
             return {}
-        if self.adversarial != (step >= self.gan_start):
-            # The adversarial loss trades pixels for looks: choose among the models that saw it.
-            self.adversarial, self.best = True, math.inf
         error = self._error_aside()
-        if chosen := error < self.best:
-            self.best = error
+        # Pixel error cannot judge what the adversary adds: without a perceptual distance the newest model is kept.
+        newest = self.step >= self.gan_start and self.distance is None
+        if self.adversarial != (self.step >= self.gan_start):
+            self.adversarial, self.best = True, math.inf  # models that did not see the adversary no longer compete
+        if chosen := newest or error < self.best:
             checkpoint.save(self.average, out)
+            self.best = error
         return {"aside": error, "chosen": chosen}
+
+    def stopped(self, out: Path) -> None:
+        if not (out / checkpoint.WEIGHTS).exists():  # else the best one so far is there
+            checkpoint.save(self.average, out)
 
     @torch.no_grad()
     def _error_aside(self) -> float:
         """The mean loss without its adversarial part on the clips set aside, with all tokens and with the best."""
-        errors, weight = [], self.run.perceptual_weight
-        for index in range(len(self.aside)):
-            clip = self.aside[index][0][None].to(self.device)
+        errors = []
+        for clip in self.aside:
+            clip = clip.to(self.device)
             with autocast(self.device, self.run.optimisation.precision):
-                pictures, _ = reconstructions(self.average, clip, seed=index)
-                real = self.model.normalised(clip)
+                tokens, real = self.average.encode(clip), self.average.normalised(clip)
                 for name in ("all", "adaptive"):
-                    fake = 2 * pictures[name] - 1
-                    errors.append(
-                        (F.mse_loss(fake.float(), real) + weight * self._perceptual(real, fake, seed=index)).item()
-                    )
+                    fake = 2 * reconstruction(self.average, tokens, name) - 1
+                    perceptual = self.run.perceptual_weight * self._perceptual(real, fake, seed=0)
+                    errors.append((F.mse_loss(fake.float(), real) + perceptual).item())
         return sum(errors) / len(errors)
 
 

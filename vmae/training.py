@@ -22,7 +22,8 @@ from vmae.tokens import check_clip
 from vmae.video import Start
 
 LOG, RUN = "log.jsonl", "run.json"
-PATIENCE = 5
+PATIENCE = 5  # steps without a number, in a row
+HINT = "{} holds the last checkpoint, if there was one"
 
 
 class TrainingError(ValueError):
@@ -154,10 +155,14 @@ class Task:
         """After the optimizer's step: what else is to be done, and figures for the log."""
         return {}
 
-    def save(self, out: Path, step: int) -> dict[str, Any]:
+    def save(self, out: Path) -> dict[str, Any]:
         """Write what is worth keeping so far; returns figures for the log."""
         checkpoint.save(self.model, out)
         return {}
+
+    def stopped(self, out: Path) -> None:
+        """Write what is worth keeping at once: the run is being stopped."""
+        self.save(out)
 
 
 def clips_of(run: Run, start: Start = "random") -> ClipDataset:
@@ -197,8 +202,7 @@ def fit(task: Task, dataset: ClipDataset, run: Run) -> Path:
                 if failures == PATIENCE:
                     raise TrainingError(
                         f"step {step}: the training diverged: expected a finite loss and gradient, got {loss} and "
-                        f"{norm}, {PATIENCE} times in a row; {out} holds the last checkpoint, if there was one; "
-                        f"try a lower --lr"
+                        f"{norm}, {PATIENCE} times in a row; {HINT.format(out)}; try a lower --lr"
                     )
                 if finite:
                     optimizer.step()
@@ -219,7 +223,7 @@ def fit(task: Task, dataset: ClipDataset, run: Run) -> Path:
                 line |= {"clips_per_s": round(rate, 3), "memory_gib": round(memory_gib(device), 3)}
                 line |= {"skipped": len(skipped)}
                 if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
-                    line |= task.save(out, step)
+                    line |= task.save(out)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:.2f} clips/s, {line['memory_gib']:.2f} GiB", refresh=False)
@@ -227,7 +231,7 @@ def fit(task: Task, dataset: ClipDataset, run: Run) -> Path:
         except KeyboardInterrupt:
             if step == 0:
                 raise KeyboardInterrupt("stopped before the first step was done") from None
-            task.save(out, step)
+            task.stopped(out)
             raise KeyboardInterrupt(f"stopped at step {step}; the model so far is in {out}") from None
     if told:
         print(f"skipped {len(told)} videos that could not be used", file=sys.stderr)
