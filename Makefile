@@ -25,7 +25,7 @@ lint: $(READY)
 	$(RUN)ruff format --check .
 	$(RUN)mypy
 
-# The one benchmark so far: a pretraining step beside Hugging Face's VideoMAE (some minutes).
+# A pretraining step beside Hugging Face's VideoMAE (some minutes). The other benchmarks say how in their first lines.
 bench: $(READY)
 	$(RUN)python -m pip install --quiet --disable-pip-version-check 'transformers==5.23.0'
 	$(RUN)python benchmarks/pretraining_step.py

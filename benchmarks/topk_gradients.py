@@ -10,6 +10,7 @@ loss under Gaussian noise on the scores: a sum over all sets of k tokens, each w
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 from vmae_kernels import soft_topk, topk
 
 N, K, WIDTH, SIGMA = 8, 3, 4, 0.5
-SAMPLES = (1, 4, 16, 64, 256, 1024)
-REPEATS, PROBLEMS, PROBES = 400, 8, 0.125
+SAMPLES = (1, 4, 16, 64, 256)
+REPEATS, PROBLEMS, PROBES = 10_000, 5, 0.125
 
 
 def loss(weights: Tensor, vectors: Tensor) -> Tensor:
@@ -49,72 +50,82 @@ def exact_gradient(scores: Tensor, vectors: Tensor) -> Tensor:
     return gradient.float()
 
 
+# Each estimator takes equal rows of scores [REPEATS, N] and returns one estimate per row.
+
+
 def perturbed(scores: Tensor, vectors: Tensor, samples: int, seed: int) -> Tensor:
     """The loss at the expected indicator."""
     scores = scores.clone().requires_grad_()
-    value = loss(soft_topk(scores, K, sigma=SIGMA, samples=samples, seed=seed), vectors)
-    return torch.autograd.grad(value, scores)[0]
+    values = loss(soft_topk(scores, K, sigma=SIGMA, samples=samples, seed=seed), vectors)
+    return torch.autograd.grad(values.sum(), scores)[0]
 
 
 def without_control_variate(scores: Tensor, vectors: Tensor, samples: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(samples, N, generator=generator)
-    kept = torch.zeros(samples, N).scatter(1, topk(scores + SIGMA * noise, K), 1.0)
+    noise = torch.randn(samples, *scores.shape, generator=generator)
+    kept = torch.stack([indicator(scores + SIGMA * z) for z in noise])
     weights = kept.mean(0).requires_grad_()
-    (slope,) = torch.autograd.grad(loss(weights, vectors), weights)
-    return ((kept @ slope)[:, None] * noise).mean(0) / SIGMA
+    (slope,) = torch.autograd.grad(loss(weights, vectors).sum(), weights)
+    return ((kept * slope).sum(-1, keepdim=True) * noise).mean(0) / SIGMA
 
 
 def straight_through(scores: Tensor, vectors: Tensor, samples: int, seed: int) -> Tensor:
-    weights = torch.zeros(N).scatter(0, topk(scores, K), 1.0).requires_grad_()
-    (slope,) = torch.autograd.grad(loss(weights, vectors), weights)
-    return slope - slope.mean()  # through scores of mean 0
+    scores = scores.clone().requires_grad_()
+    soft = standardised(scores)
+    values = loss(indicator(scores) + soft - soft.detach(), vectors)
+    return torch.autograd.grad(values.sum(), scores)[0]
 
 
-def _probed(through: Callable[[Tensor, int, int], Tensor]) -> Callable[[Tensor, Tensor, int, int], Tensor]:
+def probed(through: Callable[[Tensor, int, int], Tensor]) -> Callable[[Tensor, Tensor, int, int], Tensor]:
     """As the tokenizer trains: hard weights, but those of the probes, which alone pass gradients, are uniform."""
 
     def gradient(scores: Tensor, vectors: Tensor, samples: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        probe, share = torch.rand(2, N, generator=generator)
-        weights = torch.zeros(N).scatter(0, topk(scores, K), 1.0)
+        probe, share = torch.rand(2, *scores.shape, generator=torch.Generator().manual_seed(seed))
         scores = scores.clone().requires_grad_()
-        soft = through(scores, samples, seed)
-        weights = torch.where(probe < PROBES, share + (soft - soft.detach()) / PROBES, weights)
-        return torch.autograd.grad(loss(weights, vectors), scores)[0]
+        soft = through(standardised(scores), samples, seed)
+        weights = torch.where(probe < PROBES, share + (soft - soft.detach()) / PROBES, indicator(scores))
+        return torch.autograd.grad(loss(weights, vectors).sum(), scores)[0]
 
     return gradient
+
+
+def indicator(scores: Tensor) -> Tensor:
+    return torch.zeros_like(scores).scatter(-1, topk(scores.detach(), K), 1.0)
+
+
+def standardised(scores: Tensor) -> Tensor:
+    return (scores - scores.mean(-1, keepdim=True)) / (scores.std(-1, correction=0, keepdim=True) + 1e-6)
 
 
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
     "perturbed": perturbed,
     "perturbed, no control variate": without_control_variate,
-    "perturbed, probes": _probed(lambda s, n, seed: soft_topk(s, K, sigma=SIGMA, samples=n, seed=seed)),
+    "perturbed, probes": probed(lambda s, n, seed: soft_topk(s, K, sigma=SIGMA, samples=n, seed=seed)),
     "straight-through": straight_through,
-    "straight-through, probes": _probed(lambda s, n, seed: s - s.mean()),
+    "straight-through, probes": probed(lambda s, n, seed: s),
 }
 
 
 def measure() -> list[dict[str, object]]:
-    """Over problems, the median cosine of the mean estimate with the exact gradient, and the relative deviation."""
+    """Per estimator and number of samples, medians over problems: the cosine of the mean estimate with the exact
+    gradient (1 is without bias, but for its length), and the standard deviation of an estimate over the mean's length."""
     generator = torch.Generator().manual_seed(0)
     problems = []
     for _ in range(PROBLEMS):
-        scores = torch.randn(N, generator=generator)
-        scores = (scores - scores.mean()) / scores.std(correction=0)
+        scores = standardised(torch.randn(N, generator=generator))
         vectors = torch.randn(N, WIDTH, generator=generator) * torch.rand(N, 1, generator=generator)
         problems.append((scores, vectors, exact_gradient(scores, vectors)))
     rows: list[dict[str, object]] = []
     for name, estimator in ESTIMATORS.items():
         for samples in SAMPLES if name.startswith("perturbed") else (1,):
             cosines, deviations = [], []
-            for scores, vectors, exact in problems:
-                estimates = torch.stack([estimator(scores, vectors, samples, seed) for seed in range(REPEATS)])
+            for seed, (scores, vectors, exact) in enumerate(problems):
+                estimates = estimator(scores.expand(REPEATS, -1), vectors, samples, seed)
                 mean = estimates.mean(0)
                 cosines.append(torch.cosine_similarity(mean, exact, dim=0).item())
                 deviations.append(((estimates - mean).square().sum(1).mean().sqrt() / mean.norm()).item())
-            middle = [sorted(values)[len(values) // 2] for values in (cosines, deviations)]
-            rows.append({"estimator": name, "samples": samples, "cosine": middle[0], "deviation": middle[1]})
+            row = {"cosine": statistics.median(cosines), "deviation": statistics.median(deviations)}
+            rows.append({"estimator": name, "samples": samples, **row})
     return rows
 
 

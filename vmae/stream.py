@@ -70,7 +70,9 @@ class _Stream:
                 results.append(run(torch.cat((self._held, padding), dim=2), left))
             self._held, self._state, self._position = None, {}, 0
             return results
-        held = piece if self._held is None else torch.cat((self._held, piece), dim=2)
+        held = piece
+        if self._held is not None and self._held.shape[2]:
+            held = torch.cat((self._held, piece), dim=2)
         full = held.shape[2] // tile * tile
         for start in range(0, full, tile):
             results.append(run(held[:, :, start : start + tile], tile))

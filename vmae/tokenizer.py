@@ -80,15 +80,17 @@ class TokenizerConfig:
 
     @classmethod
     def tiny(cls, **changes) -> "TokenizerConfig":
-        """For demonstrations and tests on a CPU."""
+        """For a CPU: the first convolution strides by 4, so that nothing runs at full size, where the others work most."""
         return cls(**{"width": 32, "multipliers": (1, 2), "stem": 4, "blocks": 1, "scorer_width": 16, **changes})
 
     @classmethod
     def small(cls, **changes) -> "TokenizerConfig":
+        """For one GPU: base's width and depth from half size on, a fraction of its arithmetic and memory."""
         return cls(**{"width": 64, "multipliers": (1, 2, 4), "stem": 2, "scorer_width": 32, **changes})
 
     @classmethod
     def base(cls, **changes) -> "TokenizerConfig":
+        """MAGVIT's width and depth: 64 filters, multipliers 1 2 2 4, two residual blocks a stage, all sizes."""
         return cls(**changes)
 
 
