@@ -107,8 +107,11 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
 
 
 def measure() -> list[dict[str, object]]:
-    """Per estimator and number of samples, medians over problems: the cosine of the mean estimate with the exact
-    gradient (1 is without bias, but for its length), and the standard deviation of an estimate over the mean's length."""
+    """Medians over problems, by estimator and number of samples.
+
+    The cosine of the mean estimate with the exact gradient (1 is without bias, but for its length), and the standard
+    deviation of an estimate over the mean's length.
+    """
     generator = torch.Generator().manual_seed(0)
     problems = []
     for _ in range(PROBLEMS):

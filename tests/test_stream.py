@@ -81,6 +81,20 @@ def test_encoding_in_pieces_gives_the_whole_bitwise(cuts, latent_frames, batch, 
     assert_same(joined([*parts, stream.flush()]), MODEL.encode(clip, window=window))
 
 
+def test_pieces_give_the_whole_in_mixed_precision():
+    clip = video(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        stream = MODEL.stream()
+        tokens = joined([stream.push(clip[:, :, :5]), stream.push(clip[:, :, 5:]), stream.flush()])
+        assert_same(tokens, MODEL.encode(clip))
+        kept = half_of(tokens)
+        back = MODEL.decode_stream()
+        parts = [back.push(piece_of(tokens, 0, 3), kept[:, :12]), back.push(piece_of(tokens, 3, 11), kept[:, 12:])]
+        assert torch.equal(torch.cat([*parts, back.flush()], 2), MODEL.decode(tokens, kept))
+    assert tokens.latents.dtype == tokens.scores.dtype == torch.float32
+    assert not torch.equal(tokens.latents, MODEL.encode(clip).latents)  # bfloat16 was at work
+
+
 @pytest.mark.parametrize("window", [8, 16])
 def test_windows_are_clips_of_their_own(window):
     clip = video(2, 22)

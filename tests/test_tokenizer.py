@@ -32,15 +32,6 @@ def assert_same(a, b) -> None:
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
-def test_chunks_are_the_same_under_autocast():
-    clip = video()
-    with torch.autocast("cpu", torch.bfloat16):
-        stream = MODEL.stream()
-        parts = [stream.push(clip[:, :, :5]), stream.push(clip[:, :, 5:]), stream.flush()]
-        whole = MODEL.encode(clip)
-    assert torch.equal(torch.cat([p.codes for p in parts], 1), whole.codes)
-
-
 @pytest.mark.parametrize("frames", [4, 8, 14, 16])
 def test_a_prefix_gives_the_prefix(frames):
     clip = video()

@@ -80,7 +80,7 @@ class TokenizerConfig:
 
     @classmethod
     def tiny(cls, **changes) -> "TokenizerConfig":
-        """For a CPU: the first convolution strides by 4, so that nothing runs at full size, where the others work most."""
+        """For a CPU: the first convolution strides by 4, so nothing runs at full size, where the others work most."""
         return cls(**{"width": 32, "multipliers": (1, 2), "stem": 4, "blocks": 1, "scorer_width": 16, **changes})
 
     @classmethod
