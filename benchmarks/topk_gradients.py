@@ -7,17 +7,21 @@ loss under Gaussian noise on the scores: a sum over all sets of k tokens, each w
     python benchmarks/topk_gradients.py
 """
 
+import datetime
 import itertools
 import json
 import math
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from measuring import machine
 from torch import Tensor
 
 from vmae_kernels import soft_topk, topk
 
+RESULTS = Path(__file__).parent / "results"
 N, K, WIDTH, SIGMA = 8, 3, 4, 0.5
 SAMPLES = (1, 4, 16, 64, 256)
 REPEATS, PROBLEMS, PROBES = 10_000, 5, 0.125
@@ -132,9 +136,15 @@ def measure() -> list[dict[str, object]]:
     return rows
 
 
-if __name__ == "__main__":
-    results = measure()
+def main() -> None:
+    rows = measure()
     print(f"{'estimator':<32}{'samples':>8}{'cosine':>9}{'deviation':>11}")
-    for row in results:
+    for row in rows:
         print(f"{row['estimator']:<32}{row['samples']:>8}{row['cosine']:>9.3f}{row['deviation']:>11.2f}")
-    print(json.dumps(results))
+    out = RESULTS / f"topk-gradients-{datetime.date.today()}.json"
+    out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

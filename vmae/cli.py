@@ -146,6 +146,12 @@ def main() -> None:
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:  # also VideoError and TrainingError
         print(f"vmae: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        # Raised wherever the program happens to be, when a decoding process is killed together with it.
+        print("vmae: error: a decoding process was killed", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as interrupt:
         print(f"\nvmae: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         sys.exit(130)
