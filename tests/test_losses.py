@@ -43,8 +43,13 @@ def test_r1_of_a_linear_discriminator():
             return torch.einsum("bcthw,pcthw->bp", video, weight)
 
     video = torch.randn(3, 3, 2, 4, 4)
-    # The gradient of a clip's mean logit is the mean of the two weights, whatever the clip.
-    assert r1_penalty(Linear(), video).item() == pytest.approx(weight.mean(0).square().sum().item() / 2, rel=1e-5)
+    # The gradient of the sum of a clip's two logits is the sum of the weights, whatever the clip.
+    assert r1_penalty(Linear(), video).item() == pytest.approx(weight.sum(0).square().sum().item() / 4, rel=1e-5)
+    apart = torch.zeros(2, 3, 2, 4, 4)
+    apart[0, :, 0], apart[1, :, 1] = weight[0, :, 0], weight[1, :, 1]
+    weight = apart  # patches that do not overlap: the mean of what each has by itself
+    expected = (apart[0].square().sum() / 2 + apart[1].square().sum() / 2).item() / 2
+    assert r1_penalty(Linear(), video).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_r1_against_finite_differences_and_its_own_descent():
@@ -58,7 +63,8 @@ def test_r1_against_finite_differences_and_its_own_descent():
     slope = (model(video + step * direction).mean() - model(video - step * direction).mean()) / (2 * step)
     assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=5e-2)
     before = r1_penalty(model, video)
-    assert before.item() == pytest.approx(gradient.square().sum().item() / 2, rel=1e-4)
+    patches = model(video).shape[1]
+    assert before.item() == pytest.approx(patches * gradient.square().sum().item() / 2, rel=1e-4)
     before.backward()  # through the gradient
     with torch.no_grad():
         size = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)

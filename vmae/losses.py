@@ -62,12 +62,16 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def r1_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
-    """Half the squared gradient of each clip's mean logit, the mean over clips (Mescheder et al., ICML 2018, R1)."""
+    """Half the squared gradient of a clip's logits, their sum, per logit; the mean over clips.
+
+    With one logit a clip this is R1 (Mescheder et al., ICML 2018); with one per patch, where patches hardly overlap, it
+    is the mean of their R1, so that its weight means the same for clips of any size.
+    """
     real = real.detach().float().requires_grad_()
     with torch.autocast(real.device.type, enabled=False):  # gradients of gradients need the precision
-        logits = discriminator(real).mean(1).sum()
-        (gradient,) = torch.autograd.grad(logits, real, create_graph=True)
-    return gradient.square().flatten(1).sum(1).mean() / 2
+        logits = discriminator(real)
+        (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+    return gradient.square().flatten(1).sum(1).mean() / (2 * logits.shape[1])
 
 
 # VGG16's convolutions by stage; the last of each stage is compared.

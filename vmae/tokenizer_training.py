@@ -7,7 +7,7 @@ import math
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from vmae.training import (
 from vmae.video import VideoError
 
 MOST_ASIDE = 64  # videos to choose the checkpoint by
-R1_EVERY = 16  # steps; the penalty counts so many times
+R1_EVERY = 4  # steps; the penalty counts so many times
 PERCEPTUAL_FRAMES = 2  # of each clip
 MEMORY = 0.98  # of the running figures by which divergence is seen: some fifty steps
 FEWEST_BITS, LOWEST_DISCRIMINATOR_LOSS = 0.05, 0.05
@@ -148,7 +148,8 @@ class _TokenizerTraining(Task):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(run.optimisation.seed)
                 self.discriminator = Discriminator(model.config.width).to(self.device)
-            self.discriminator_optimizer = adamw(self.discriminator, run.optimisation)
+            # Without momentum, which makes the two chase each other (MAGVIT's setting).
+            self.discriminator_optimizer = adamw(self.discriminator, replace(run.optimisation, beta1=0.0))
         self.discriminator_loss, self.failures = 2 * math.log(2), 0  # running; steps without a number, in a row
         self.counts = torch.zeros((), device=self.device)  # of codes, running
         self.step, self.passes = -1, list[tuple[Tensor, Tensor]]()  # real and fake clips of this step
