@@ -72,6 +72,26 @@ def test_the_discriminator_learns_to_tell_real_from_fake(moving_square, tmp_path
     assert task.figures["discriminator"] < 0.7 * first
 
 
+def test_the_tokenizers_step_leaves_no_gradient_in_the_discriminator(moving_square, tmp_path):
+    run = run_on(moving_square, tmp_path / "run", gan=0.1, gan_after=0.0)
+    task = tokenizer_training._TokenizerTraining(tiny(), run, [])
+    clip = ClipDataset(moving_square, frames=8, size=32)[0][0][None]
+    task.loss(clip, step=0, seed=0).backward()
+    assert all(p.grad is None for p in task.discriminator.parameters())
+
+
+def test_r1_counts_in_every_fourth_step(moving_square, tmp_path):
+    real = torch.rand(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for step, differs in ((1, False), (4, True)):
+        weights = []
+        for r1 in (0.0, 1e3):
+            task = tokenizer_training._TokenizerTraining(tiny(), run_on(moving_square, tmp_path, gan=0.1, r1=r1), [])
+            task.passes = [(real, -real)]
+            task._train_discriminator(step)
+            weights.append(task.discriminator.stem.weight.detach().clone())
+        assert torch.equal(*weights) != differs
+
+
 def test_a_discriminator_that_wins_ends_the_run(moving_square, tmp_path, monkeypatch):
     def lost(real, fake):
         return 0.001 * real.mean().sigmoid()
