@@ -278,8 +278,12 @@ def test_unusable_item_raises(spoilt):
 # --- batches ------------------------------------------------------------------------------------------------------
 
 
-def take(count: int, *args, **kwargs) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(itertools.islice(batches(*args, **kwargs), count))
+def take(count: int, *args, skipped: list[str] | None = None, **kwargs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Clips and labels of the first batches; why videos were left out goes to `skipped`."""
+    taken = list(itertools.islice(batches(*args, **kwargs), count))
+    if skipped is not None:
+        skipped += [reason for batch in taken for reason in batch.skipped]
+    return [(batch.clips, batch.labels) for batch in taken]
 
 
 def test_batch_is_channels_last(folder):
@@ -330,21 +334,61 @@ def test_workers_give_the_same_batches(folder, spoilt, workers):
         assert several == lone
 
 
-def test_unusable_videos_are_skipped_and_counted(spoilt):
+def test_another_video_stands_for_one_that_cannot_be_used(spoilt):
     dataset = ClipDataset(spoilt, frames=4, size=CLIP)
-    assert len(dataset) == ENTRIES + len(BROKEN)
+    n = ENTRIES + len(BROKEN)
+    assert len(dataset) == n
     skipped: list[str] = []
     labels = []
-    for clips, batch in take(3 * ENTRIES // 3, dataset, 3, skipped=skipped):
+    for clips, batch in take(3 * n // 3, dataset, 3, skipped=skipped):
         labels += batch.tolist()
         for clip, label in zip(clips, batch.tolist(), strict=True):
             check_clip(clip, label, 4)
-    for at in range(0, 3 * ENTRIES, ENTRIES):
-        assert sorted(labels[at : at + ENTRIES]) == list(range(ENTRIES))
+    for at in range(0, 3 * n, n):
+        assert set(labels[at : at + n]) == set(range(ENTRIES))
+    # Each in its turn of three epochs, and perhaps as another one's substitute.
     counts = [sum(str(spoilt.parent / name) in text for text in skipped) for name in BROKEN]
     assert sum(counts) == len(skipped)
-    assert all(2 <= count <= 3 for count in counts)  # those after the last usable video may not have been tried
+    assert all(count >= 3 for count in counts)
     assert all(len(text.splitlines()) == 1 for text in skipped)
+
+
+def test_a_batch_depends_on_its_place_alone(spoilt):
+    dataset = ClipDataset(spoilt, frames=2, size=CLIP)
+    whole = take(8, dataset, 4, seed=4)
+    assert same(whole[3:], take(5, dataset, 4, seed=4, start=3))
+    halves = [take(8, dataset, 4, seed=4, part=(i, 2)) for i in range(2)]
+    joined = [(torch.cat((a, b)), torch.cat((c, d))) for (a, c), (b, d) in zip(*halves, strict=True)]
+    assert same(whole, joined)
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 processes, got 4"):
+        batches(dataset, 4, part=(0, 3))
+
+
+def test_views_come_again(folder):
+    dataset = ClipDataset(folder / "train.csv", frames=2, size=CLIP, views=3)
+    views = [[dataset.view(i, epoch) for i in range(ENTRIES)] for epoch in range(7)]
+    assert views[0] == views[3] == views[6]
+    assert views[1] == views[4]
+    assert len({tuple(v) for v in views[:3]}) == 3
+    endless = ClipDataset(folder / "train.csv", frames=2, size=CLIP)
+    assert [endless.view(i, 1) for i in range(ENTRIES)] == views[1]
+    with pytest.raises(ValueError, match="views: expected at least 0, got -1"):
+        ClipDataset(folder / "train.csv", frames=2, size=CLIP, views=-1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_extras_are_stacked(folder, workers):
+    dataset = ClipDataset(folder / "train.csv", frames=2, size=CLIP)
+    batch = next(batches(dataset, 3, workers=workers, extras=_start_and_sum))
+    clips = batch.clips
+    assert [int(clip.long().sum()) for clip in clips] == batch.extras[1].tolist()
+    starts = [check_clip(clip, int(label), 2) for clip, label in zip(clips, batch.labels, strict=True)]
+    assert starts == batch.extras[0].tolist()
+    assert batch.seconds > 0
+
+
+def _start_and_sum(path, view, clip):
+    return torch.tensor(view.frames[0]), clip.long().sum()
 
 
 def test_skipping_needs_no_list(spoilt):
@@ -366,12 +410,9 @@ def test_one_usable_video_is_enough(folder, tmp_path, workers):
 def test_no_usable_video(tmp_path, workers):
     (tmp_path / "list.txt").write_text("missing 0.mp4 1\nmissing 1.mp4 2\nmissing 2.mp4 3\n")
     dataset = ClipDataset(tmp_path / "list.txt", frames=2, size=CLIP)
-    skipped: list[str] = []
-    with pytest.raises(VideoError) as caught:
-        take(1, dataset, 2, workers=workers, skipped=skipped)
+    with pytest.raises(VideoError, match=r"^none of 3 videos could be used; the last one: .*missing \d\.mp4") as caught:
+        take(1, dataset, 2, workers=workers)
     assert len(str(caught.value).splitlines()) == 1
-    assert {text for text in skipped for i in range(3) if f"missing {i}.mp4" in text} == set(skipped)
-    assert len(set(skipped)) == 3
 
 
 @pytest.mark.parametrize("start", ["center", 5])

@@ -11,7 +11,7 @@ from conftest import write_video
 from safetensors.torch import save_file
 from test_losses import vgg_weights
 
-from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, checkpoint, tokenizer_training
+from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, batches, checkpoint, tokenizer_training
 from vmae.tokenizer_training import TokenizerRun, evaluated, train_tokenizer
 from vmae.training import PATIENCE, Clips, Optimisation, TrainingError
 
@@ -75,8 +75,8 @@ def test_the_discriminator_learns_to_tell_real_from_fake(moving_square, tmp_path
 def test_the_tokenizers_step_leaves_no_gradient_in_the_discriminator(moving_square, tmp_path):
     run = run_on(moving_square, tmp_path / "run", gan=0.1, gan_after=0.0)
     task = tokenizer_training._TokenizerTraining(tiny(), run, [])
-    clip = ClipDataset(moving_square, frames=8, size=32)[0][0][None]
-    task.loss(clip, step=0, seed=0).backward()
+    batch = next(batches(ClipDataset(moving_square, frames=8, size=32), 1))
+    task.loss(batch, step=0, seed=0, row=0).backward()
     assert all(p.grad is None for p in task.discriminator.parameters())
 
 

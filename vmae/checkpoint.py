@@ -3,14 +3,18 @@
 import contextlib
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from vmae.distributed import whole, world
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
@@ -20,7 +24,7 @@ except ImportError:  # the models need torch alone; only saving and loading need
         pass
 
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, RUN = "config.json", "model.safetensors", "run.json"
 
 
 @contextlib.contextmanager
@@ -78,7 +82,7 @@ class Saved(PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(
         cls, *, model_id, revision, cache_dir, force_download, local_files_only, token,
-        map_location="cpu", strict=True, **model_kwargs,
+        map_location="cpu", strict=True, proxies=None, resume_download=None, **model_kwargs,
     ):  # fmt: skip
         from huggingface_hub import hf_hub_download
         from safetensors.torch import load_model
@@ -97,14 +101,84 @@ class Saved(PyTorchModelHubMixin):
 
 
 def save(model: Any, directory: str | Path) -> None:
-    """Write a model's configuration, then its weights; a kill at any moment leaves each of the two whole."""
-    from safetensors.torch import save_model
+    """Write a model's configuration, then its weights; a kill at any moment leaves each of the two whole.
 
+    Of several processes all must call this, and the first one writes.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: whole(value).contiguous() for name, value in model.state_dict().items()}
+    if world().rank > 0:
+        return
     directory = Path(directory)
     config = {"model": type(model).__name__, **asdict(model.config)}
     write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
     with replacing(directory / WEIGHTS) as temporary:
-        save_model(model, str(temporary))
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+STATE = "state-{:08d}.safetensors"
+STATES_KEPT = 2
+
+
+def save_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], directory: Path, step: int) -> None:
+    """Write all that a run needs to go on after `step` steps: one file, whole or not there. Older ones but one go."""
+    from safetensors.torch import save_file
+
+    tensors = {name: value.contiguous() for name, value in sorted(tensors.items())}
+    metadata = {"facts": json.dumps(facts), "checksum": str(_checksum(tensors))}
+    with replacing(directory / STATE.format(step)) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+    for path in _states(directory)[:-STATES_KEPT]:
+        path.unlink()
+
+
+def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What the last `save_state` wrote; if that is damaged, a line on stderr says so and the one before is taken.
+
+    Returns None where there is none.
+
+    Raises:
+        ValueError: there are some, and all are damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    complaints = []
+    for path in reversed(_states(directory)):
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            if int(metadata["checksum"]) != _checksum(tensors):
+                raise ValueError("its contents are not what was written")
+            return tensors, json.loads(metadata["facts"])
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            complaints.append(f"{path}: damaged: {' '.join(str(error).split())[:200]}")
+            print(f"{complaints[-1]}; looking for an earlier one", file=sys.stderr)
+    if complaints:
+        raise ValueError(f"{complaints[0]}; no earlier one can be read, so the run cannot go on: use --overwrite")
+    return None
+
+
+def _states(directory: Path) -> list[Path]:
+    return sorted(directory.glob("state-*.safetensors"))
+
+
+def clear_states(directory: Path) -> None:
+    for path in _states(directory):
+        path.unlink()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    value = 0
+    for name, tensor in tensors.items():
+        value = zlib.crc32(bytes_of(tensor), zlib.crc32(name.encode(), value))
+    return value
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """What a tensor on the CPU holds."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 T = TypeVar("T", bound=Saved)
@@ -116,20 +190,37 @@ def load(cls: type[T], directory: str | Path, device: str | torch.device = "cpu"
     Raises:
         ValueError: a file is missing or damaged, or belongs to another model; the message names the folder.
     """
+    with _complaints(cls, directory):
+        _read_config(cls, directory)
+        return cls.from_pretrained(directory, map_location=str(device))
+
+
+def load_config(cls: type[Saved], directory: str | Path) -> Any:
+    """Read a model's configuration from its folder; errors as of `load`."""
+    with _complaints(cls, directory):
+        return get_type_hints(cls.__init__)["config"](**_read_config(cls, directory))
+
+
+def _read_config(cls: type[Saved], directory: str | Path) -> dict[str, Any]:
+    config = json.loads((Path(directory) / CONFIG).read_text(encoding="utf-8"))
+    if (found := config.pop("model", None)) != cls.__name__:
+        raise ValueError(f"expected {cls.__name__}, found {found}")
+    known = {field.name for field in fields(get_type_hints(cls.__init__)["config"])}
+    if unknown := config.keys() - known:
+        raise ValueError(f"its configuration has the unknown settings {', '.join(sorted(unknown))}")
+    return config
+
+
+@contextlib.contextmanager
+def _complaints(cls: type[Saved], directory: str | Path) -> Iterator[None]:
+    """Name the folder in whatever goes wrong with reading a model."""
     from safetensors import SafetensorError
 
-    directory = Path(directory)
     for name in (CONFIG, WEIGHTS):
-        if not (directory / name).is_file():
+        if not (Path(directory) / name).is_file():
             raise ValueError(f"{directory}: expected a saved {cls.__name__} with {name}, found no such file")
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        if config.get("model") != cls.__name__:
-            raise ValueError(f"expected {cls.__name__}, found {config.get('model')}")
-        known = {field.name for field in fields(get_type_hints(cls.__init__)["config"])}
-        if unknown := config.keys() - known - {"model"}:
-            raise ValueError(f"its configuration has the unknown settings {', '.join(sorted(unknown))}")
-        return cls.from_pretrained(directory, map_location=str(device))
+        yield
     except (SafetensorError, json.JSONDecodeError, TypeError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{directory}: is no readable {cls.__name__}: {reason}") from error

@@ -11,16 +11,19 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from vmae import checkpoint, doctor
+from vmae import checkpoint, distributed, doctor
 from vmae.demo import demo, section
 from vmae.evaluation import table
 from vmae.features import encode_video
 from vmae.mae import VideoMAE
-from vmae.pretraining import PretrainRun, pretrain
+from vmae.pretraining import PretrainRun, cache, pretrain
+from vmae.probe import ProbeRun, probe
+from vmae.probe import table as table_of_probes
 from vmae.report import Masking, page
 from vmae.tokenizer import AdaptiveTokenizer
 from vmae.tokenizer_training import TokenizerRun, evaluated, train_tokenizer
 from vmae.training import device_of
+from vmae.videomae import read_videomae, write_videomae
 
 Video = tyro.conf.Positional[Path]
 
@@ -49,6 +52,46 @@ def tokenizer(
 def pretrain_(run: tyro.conf.OmitArgPrefixes[PretrainRun]) -> None:
     """Pretrain a masked autoencoder."""
     print(f"The model is in {pretrain(run)}")
+
+
+def cache_(run: tyro.conf.OmitArgPrefixes[PretrainRun]) -> None:
+    """Store what frozen models say of the videos, for `vmae pretrain` with the same settings to read.
+
+    Can be stopped and started again, and several can fill one folder. Pretraining does the same before its first step.
+    """
+    print(f"{run.cache} holds all views; {cache(run)} were missing")
+
+
+def convert(
+    source: Video,
+    out: Video,
+    to: Literal["vmae", "huggingface"] = "vmae",
+    frames: int | None = None,
+    size: int | None = None,
+) -> None:
+    """Turn a model of Hugging Face's VideoMAE into one of vmae, or the other way round.
+
+    Args:
+        source: folder with config.json and model.safetensors.
+        out: folder for the new model.
+        to: whose model to write.
+        frames: frames per clip of the model of vmae; its positions are computed for it. The source's own by default.
+        size: its rows and columns, in pixels.
+    """
+    if any((out / name).exists() for name in (checkpoint.CONFIG, checkpoint.WEIGHTS)):
+        raise ValueError(f"{out}: already holds a model; choose another folder")
+    if to == "vmae":
+        checkpoint.save(read_videomae(source, frames=frames, size=size), out)
+    elif frames is None and size is None:
+        write_videomae(checkpoint.load(VideoMAE, source), out)
+    else:
+        raise ValueError("frames, size: expected with --to vmae alone, whose positions they are for")
+    print(f"The model is in {out}")
+
+
+def probe_(run: tyro.conf.OmitArgPrefixes[ProbeRun]) -> None:
+    """Tell what a pretrained encoder's frozen features say of labelled videos, beside a random encoder's and pixels."""
+    print(table_of_probes(probe(run)))
 
 
 def encode(
@@ -123,7 +166,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor_,
     "demo": demo,
     "tokenizer": tokenizer,
+    "cache": cache_,
     "pretrain": pretrain_,
+    "probe": probe_,
+    "convert": convert,
     "encode": encode,
     "show": show,
 }
@@ -140,6 +186,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="vmae", description="Long-context video masked autoencoders."
         )
+        distributed.stop()
     except BrokenPipeError:  # the reader has seen enough: vmae doctor | head
         sys.stdout = None
         sys.exit(0)

@@ -2,17 +2,22 @@
 
 import copy
 import csv
+import functools
+import itertools
 import random
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vmae.video import Start, VideoError, check_sampling, load_clip
+from vmae.video import PLAIN, Augmentation, Start, VideoError, View, check_sampling, draw_view, load_view
 
+MOST_SUBSTITUTES = 1000  # for one video that cannot be used
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
 
@@ -70,8 +75,9 @@ class ClipDataset(Dataset):
     """The clips of a folder or list of videos (see `read_entries`), sampled as by `load_clip`.
 
     `dataset[i]` is (clip uint8 [3, T, H, W], label), the same for the same seed in any process, and each time: `load`
-    gives a random start that differs from epoch to epoch. A video that cannot be used raises `VideoError`; `batches`
-    skips it instead.
+    gives a view that differs from epoch to epoch, where something is random; with `views`, there are so many of each
+    video, and they come again in turn. A video that cannot be used raises `VideoError`; `batches` takes another one
+    instead.
     """
 
     def __init__(
@@ -84,11 +90,16 @@ class ClipDataset(Dataset):
         stride: int = 1,
         start: Start = "random",
         short: Literal["loop", "refuse"] = "loop",
+        augmentation: Augmentation = PLAIN,
+        views: int = 0,
         seed: int = 0,
     ):
         check_sampling(frames, size, fps, stride, start, short)
+        augmentation.check()
+        if views < 0:
+            raise ValueError(f"views: expected at least 0, got {views}")
         self.entries = read_entries(source)
-        self.seed = seed
+        self.views, self.seed = views, seed
         self.sampling: dict[str, Any] = {
             "frames": frames,
             "size": size,
@@ -96,6 +107,7 @@ class ClipDataset(Dataset):
             "stride": stride,
             "start": start,
             "short": short,
+            "augmentation": augmentation,
         }
 
     def __len__(self) -> int:
@@ -105,10 +117,15 @@ class ClipDataset(Dataset):
         return self.load(index, epoch=0)
 
     def load(self, index: int, epoch: int) -> tuple[Tensor, int]:
-        """Entry `index`, with a random start that differs from epoch to epoch."""
+        """Entry `index` in the view of an epoch."""
         path, label = self.entries[index]
-        seed = random.Random(f"{self.seed}/{epoch}/{index}").getrandbits(32)
-        return load_clip(path, seed=seed, **self.sampling)[0], label
+        return load_view(path, self.view(index, epoch))[0], label
+
+    def view(self, index: int, epoch: int) -> View:
+        """What `load` decodes."""
+        number = epoch % self.views if self.views else epoch
+        seed = random.Random(f"{self.seed}/{number}/{index}").getrandbits(32)
+        return draw_view(self.entries[index][0], seed=seed, **self.sampling)
 
     def split(self, count: int, *, seed: int) -> tuple["ClipDataset", "ClipDataset"]:
         """The dataset without `count` of its entries, and these, drawn at random."""
@@ -121,75 +138,164 @@ class ClipDataset(Dataset):
         return rest, taken
 
 
-class _Attempts(Dataset):
-    """Clips by (epoch, index); an unusable video is returned as the text of its error."""
+class Batch(NamedTuple):
+    """Clips uint8 [B, 3, T, H, W] in channels_last_3d, labels int64 [B], and what came with them."""
 
-    def __init__(self, dataset: ClipDataset):
-        self.dataset = dataset
+    clips: Tensor
+    labels: Tensor
+    extras: tuple[Tensor, ...]
+    """Of `Extras`, stacked."""
+    skipped: list[str]
+    """Why videos were left out on the way to this batch, one line each."""
+    seconds: float
+    """That reading and decoding took, in whichever process."""
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
-        epoch, index = key
-        try:
-            return self.dataset.load(index, epoch)
-        except VideoError as error:
-            return str(error)
+    def head(self, count: int) -> "Batch":
+        """The first clips."""
+        extras = tuple(tensor[:count] for tensor in self.extras)
+        return self._replace(clips=self.clips[:count], labels=self.labels[:count], extras=extras)
 
-
-class _Shuffled:
-    """Endless (epoch, index) pairs, each epoch in an order of its own."""
-
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed = length, seed
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = 0
-        while True:
-            order = list(range(self.length))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            yield from ((epoch, i) for i in order)
-            epoch += 1
+    def to(self, device: torch.device) -> "Batch":
+        """With the clips, which are what is large, on a device."""
+        return self._replace(clips=self.clips.to(device, non_blocking=True))
 
 
-def _guarded(loader: DataLoader) -> Iterator[Any]:
-    """A loader's items; the end of a worker, which PyTorch reports as a RuntimeError, is an OSError."""
+Extras = Callable[[Path, View, Tensor], tuple[Tensor, ...]]
+"""From a video's path, view and clip uint8 [3, T, H, W]: more tensors about it. Called where it is decoded."""
+
+
+_Item = tuple[Tensor, int, tuple[Tensor, ...], list[str], float]  # as of Batch, for one clip
+
+
+class _Slots(Dataset):
+    """Clips by their place in the endless sequence that a run trains on; each depends on its place alone.
+
+    Epoch follows epoch, each in an order of its own. In the place of a video that cannot be used stands another one.
+    """
+
+    def __init__(self, dataset: ClipDataset, seed: int, extras: Extras | None):
+        self.dataset, self.seed, self.extras = dataset, seed, extras
+        self.order = functools.lru_cache(maxsize=2)(self._order)
+
+    def __getstate__(self) -> dict[str, Any]:  # for processes that are not forked
+        return {"dataset": self.dataset, "seed": self.seed, "extras": self.extras}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.dataset)))
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        return order
+
+    def __getitem__(self, slot: int) -> _Item | Exception:
+        # An error is returned: what a worker raises arrives with its traceback for a message.
+        begin = time.perf_counter()
+        dataset, skipped = self.dataset, list[str]()
+        epoch = slot // len(dataset)
+        for index in self._candidates(slot):
+            path, label = dataset.entries[index]
+            try:
+                view = dataset.view(index, epoch)
+                clip = load_view(path, view)[0]
+                extras = self.extras(path, view, clip) if self.extras else ()
+                return clip, label, extras, skipped, time.perf_counter() - begin
+            except VideoError as error:
+                skipped.append(str(error))
+            except (ValueError, OSError) as error:  # a damaged cache
+                return error
+        return VideoError(f"none of {len(skipped)} videos could be used; the last one: {skipped[-1]}")
+
+    def _candidates(self, slot: int) -> Iterator[int]:
+        """The entry whose turn it is, then others in an order of the slot's own."""
+        epoch, place = divmod(slot, len(self.dataset))
+        index = self.order(epoch)[place]
+        yield index
+        others = [i for i in range(len(self.dataset)) if i != index]
+        random.Random(f"{self.seed}/{slot}/substitute").shuffle(others)
+        yield from others[:MOST_SUBSTITUTES]
+
+
+class _Parts:
+    """The slots of one process: of every batch from `start` on, clips `row` to `row + size - 1`."""
+
+    def __init__(self, batch_size: int, start: int, row: int, size: int):
+        self.batch_size, self.start, self.row, self.size = batch_size, start, row, size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in itertools.count(self.start):
+            first = number * self.batch_size + self.row
+            yield list(range(first, first + self.size))
+
+
+def _collate(items: list[_Item | Exception]) -> Batch | Exception:
+    for item in items:
+        if isinstance(item, Exception):
+            return item
+    clips, labels, extras, skipped, seconds = zip(*items, strict=True)
+    return Batch(
+        # Stacked as frames, so that the batch keeps the decoder's channels-last layout.
+        torch.stack([clip.permute(1, 2, 3, 0) for clip in clips]).permute(0, 4, 1, 2, 3),
+        torch.tensor(labels),
+        tuple(torch.stack(values) for values in zip(*extras, strict=True)),
+        [reason for reasons in skipped for reason in reasons],
+        sum(seconds),
+    )
+
+
+def quiet_worker(_: int) -> None:
+    """What a decoding process does first."""
+    torch.set_num_threads(1)  # the workers are the parallelism
+    # What stops a run is sent to its whole group of processes; the loader ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def batches(
+    dataset: ClipDataset,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    seed: int = 0,
+    start: int = 0,
+    part: tuple[int, int] = (0, 1),
+    extras: Extras | None = None,
+) -> Iterator[Batch]:
+    """Endless batches, the same for the same seed, whatever the number of workers.
+
+    A video that cannot be used is named in the batch's `skipped`, and another one drawn by the same seed takes its
+    place. If none can be used, `VideoError` says so.
+
+    Args:
+        dataset: the clips.
+        batch_size: B.
+        workers: processes that decode.
+        seed: of the order.
+        start: number of the first batch.
+        part: (i, n): the i-th of n equal parts of every batch, for the i-th of n processes.
+        extras: called for each clip where it is decoded; what it returns is stacked.
+    """
+    number, count = part
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if batch_size % count:
+        raise ValueError(f"batch_size: expected a multiple of the {count} processes, got {batch_size}")
+    size = batch_size // count
+    loader = DataLoader(
+        _Slots(dataset, seed, extras), batch_sampler=_Parts(batch_size, start, number * size, size),
+        collate_fn=_collate, num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=quiet_worker,
+    )  # fmt: skip
+    return _guarded(loader)
+
+
+def _guarded(loader: DataLoader) -> Iterator[Batch]:
+    """A loader's batches; the end of a worker, which PyTorch reports as a RuntimeError, is an OSError."""
     try:
-        yield from loader
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise OSError("a decoding process was killed, perhaps for memory or shared memory; try --workers 0") from error
-
-
-def batches(
-    dataset: ClipDataset, batch_size: int, *, workers: int = 0, seed: int = 0, skipped: list[str] | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches (clips uint8 [B, 3, T, H, W] in channels_last_3d, labels int64 [B]), the same for the same seed.
-
-    A video that cannot be used is left out and the text of its error appended to `skipped`. If none can be used,
-    `VideoError` says so.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    loader = DataLoader(
-        _Attempts(dataset), batch_size=None, sampler=_Shuffled(len(dataset), seed), num_workers=workers,
-        prefetch_factor=2 if workers else None,
-    )  # fmt: skip
-    batch: list[tuple[Tensor, int]] = []
-    failures = 0
-    for item in _guarded(loader):
-        if isinstance(item, str):
-            failures += 1
-            if skipped is not None:
-                skipped.append(item)
-            if failures > 2 * (
-                len(dataset) - 1
-            ):  # the one usable video may be an epoch's first and the next one's last
-                raise VideoError(f"none of the last {failures} videos could be used; the last one: {item}")
-            continue
-        failures = 0
-        batch.append(item)
-        if len(batch) == batch_size:
-            clips, labels = zip(*batch, strict=True)
-            # Stacked as frames, so that the batch keeps the decoder's channels-last layout.
-            yield torch.stack([c.permute(1, 2, 3, 0) for c in clips]).permute(0, 4, 1, 2, 3), torch.tensor(labels)
-            batch = []

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from vmae.checkpoint import Saved
-from vmae.masking import STRATEGIES, Grid, Strategy, check_masks, select, tube_mask
+from vmae.masking import STRATEGIES, Grid, Strategy, TubeMask, check_masks, select, tube_mask
+from vmae.scorer import token_scores
 from vmae.tokens import TUBELET, Tokens, check_clip, check_video
 from vmae_kernels import attention, decoder_tokens, gather_tokens, tubelets
 
@@ -39,6 +41,8 @@ class VideoMAEConfig:
     target: Literal["latent", "pixels"] = "latent"
     latent_width: int = 6
     """Numbers per latent of the tokenizer whose latents are the target."""
+    encoder_norm: bool = True
+    """Whether the encoder ends with a normalisation; weights that were trained to be averaged first have none."""
 
     def __post_init__(self):
         for name in ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads", "latent_width"):
@@ -119,10 +123,11 @@ class VideoMAE(nn.Module, Saved):
     def __init__(self, config: VideoMAEConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # recompute each block in the backward: less memory, a third more arithmetic
         pixels = 3 * math.prod(TUBELET)
         self.patch_embed = nn.Linear(pixels, config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm = nn.LayerNorm(config.width, eps=1e-6) if config.encoder_norm else nn.Identity()
         self.to_decoder = nn.Linear(config.width, config.decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(config.decoder_width))
         self.decoder_blocks = nn.ModuleList(
@@ -139,17 +144,42 @@ class VideoMAE(nn.Module, Saved):
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, clip: Tensor, tokens: Tokens | None = None, *, seed: int | None = None) -> Tensor:
+    def forward(
+        self,
+        clip: Tensor,
+        tokens: Tokens | None = None,
+        *,
+        scores: Tensor | None = None,
+        seed: int | None = None,
+        row: int = 0,
+    ) -> Tensor:
         """One pretraining step's loss, a scalar: mean squared error over the tokens that the decoder reconstructs.
 
         Args:
             clip: [B, 3, T, H, W], uint8, or floating point in [0, 1]; any T, H, W of whole tubelets.
             tokens: of the clip, by a frozen `AdaptiveTokenizer`; None where neither target nor strategy needs them.
+            scores: [B, N] floating point, what the strategy ranks tokens by. Not given, it is the tokens' scores for
+                "adaptive", and for "everest" those of the present patch embedding (see `everest_scores`).
             seed: of the masks; None draws one from torch's default generator.
+            row: the first clip's place in the batch that this one is a part of: parts are masked as the whole is.
 
         Raises:
-            ValueError: shapes do not match, or tokens are missing.
+            ValueError: shapes do not match, or tokens or scores are missing.
         """
+        mask, selected = self.masks(clip, tokens, scores=scores, seed=seed, row=row)
+        prediction = self.predict(clip, mask.visible, selected)
+        return F.mse_loss(prediction.float(), self.target(clip, tokens, selected))
+
+    def masks(
+        self,
+        clip: Tensor,
+        tokens: Tokens | None = None,
+        *,
+        scores: Tensor | None = None,
+        seed: int | None = None,
+        row: int = 0,
+    ) -> tuple[TubeMask, Tensor]:
+        """The tube mask, and the tokens [B, K] that the decoder reconstructs; arguments as for `forward`."""
         grid = check_video(clip)
         config = self.config
         config.check_masks(grid)
@@ -157,26 +187,21 @@ class VideoMAE(nn.Module, Saved):
             seed = int(torch.randint(2**31, ()))
         elif isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
             raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
-        self._check_tokens(tokens, clip.shape[0], grid)
-        mask = tube_mask(grid, clip.shape[0], mask_ratio=config.mask_ratio, seed=seed, device=clip.device)
-        selected = select(
-            config.strategy,
-            mask.hidden,
-            grid,
-            budget=config.budget,
-            random=config.random,
-            seed=seed,
-            scores=None if tokens is None else tokens.scores,
-        )
-        prediction = self.predict(clip, mask.visible, selected)
-        return F.mse_loss(prediction.float(), self._target(clip, tokens, selected))
+        self._check_tokens(tokens, scores, len(clip), grid)
+        if scores is None and config.strategy == "everest":
+            scores = everest_scores(clip, self.patch_embed)
+        if scores is None and tokens is not None:
+            scores = tokens.scores if config.strategy == "adaptive" else None
+        mask = tube_mask(grid, len(clip), mask_ratio=config.mask_ratio, seed=seed, row=row, device=clip.device)
+        shares = {"budget": config.budget, "random": config.random}
+        return mask, select(config.strategy, mask.hidden, grid, **shares, seed=seed, row=row, scores=scores)
 
     def predict(self, clip: Tensor, visible: Tensor, selected: Tensor) -> Tensor:
         """Reconstruct the tokens `selected` [B, K] from the tokens `visible` [B, V]: [B, K, target width]."""
         encoded = self.to_decoder(self._encode(clip, visible))
         x = decoder_tokens(encoded, visible, selected, self.mask_token, self.decoder_positions)
         for block in self.decoder_blocks:
-            x = block(x)
+            x = self._block(block, x)
         return self.head(self.decoder_norm(x[:, visible.shape[1] :]))
 
     def encode(self, clip: Tensor) -> Tensor:
@@ -192,8 +217,13 @@ class VideoMAE(nn.Module, Saved):
         positions = self.encoder_positions.expand(clip.shape[0], -1, -1)
         x = x + gather_tokens(positions, visible, unique=True)
         for block in self.blocks:
-            x = block(x)
+            x = self._block(block, x)
         return self.norm(x)
+
+    def _block(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.checkpointing and self.training:
+            return activation_checkpoint(block, x, use_reentrant=False)
+        return block(x)
 
     def _input_dtype(self) -> torch.dtype:
         weight = self.patch_embed.weight
@@ -205,10 +235,10 @@ class VideoMAE(nn.Module, Saved):
         for name, width in (("encoder_positions", self.config.width), ("decoder_positions", self.config.decoder_width)):
             self.register_buffer(name, sine_cosine(n, width, like.device).to(like.dtype), persistent=False)
 
-    def _check_tokens(self, tokens: Tokens | None, batch: int, grid: tuple[int, int, int]) -> None:
+    def _check_tokens(self, tokens: Tokens | None, scores: Tensor | None, batch: int, grid: Grid) -> None:
         config = self.config
         if tokens is None:
-            if config.target == "latent" or config.strategy == "adaptive":
+            if config.target == "latent" or (config.strategy == "adaptive" and scores is None):
                 raise ValueError(
                     f"tokens: expected the tokenizer's, for target {config.target!r} and strategy "
                     f"{config.strategy!r}, got None"
@@ -220,14 +250,31 @@ class VideoMAE(nn.Module, Saved):
         if config.target == "latent" and tokens.latents.shape != wanted:
             raise ValueError(f"tokens: expected latents of shape {list(wanted)}, got {list(tokens.latents.shape)}")
 
-    def _target(self, clip: Tensor, tokens: Tokens | None, selected: Tensor) -> Tensor:
-        """What the decoder is to predict for the tokens `selected`, float32 [B, K, target width]."""
+    def target(self, clip: Tensor, tokens: Tokens | None, selected: Tensor) -> Tensor:
+        """What the decoder is to predict for the tokens `selected` [B, K]: float32 [B, K, target width]."""
         if self.config.target == "latent":
             assert tokens is not None  # checked before the forward pass
             return gather_tokens(tokens.latents, selected, unique=True).float()
         pixels = tubelets(clip, selected, mean=(0.0,) * 3, std=(1.0,) * 3).unflatten(2, (-1, 3))
         # Each tubelet's channels to mean 0 and variance 1, as in VideoMAE.
         return ((pixels - pixels.mean(-2, keepdim=True)) / (pixels.var(-2, keepdim=True).sqrt() + 1e-6)).flatten(2)
+
+
+@torch.no_grad()
+def everest_scores(clip: Tensor, embedding: nn.Linear) -> Tensor:
+    """How much each tubelet's embedding differs from the one at its place a latent frame earlier: float32 [B, N].
+
+    The Euclidean distance of patch embeddings, computed in full float32; the first latent frame takes the second one's
+    scores. `clip` as for `VideoMAE`; `embedding` is its `patch_embed`.
+
+    Source: Hwang et al., "EVEREST" (ICML 2024), section 3.
+    """
+    t, h, w = check_video(clip)
+    every = torch.arange(t * h * w, device=clip.device).expand(len(clip), -1)
+    with torch.autocast(clip.device.type, enabled=False):
+        patches = tubelets(clip, every, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=embedding.weight.dtype)
+        features = rearrange(embedding(patches), "b (t h w) d -> b d t h w", t=t, h=h)
+    return token_scores(features)
 
 
 def sine_cosine(n: int, width: int, device: torch.device | str = "cpu") -> Tensor:

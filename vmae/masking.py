@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from vmae_kernels import gather_tokens, topk, topk_partition
-from vmae_kernels.philox import STREAM_RANDOM, STREAM_TUBE, random_keys
+from vmae_kernels.philox import STREAM_CELL, STREAM_RANDOM, STREAM_TUBE, random_keys, random_words
 
 Grid = tuple[int, int, int]
-Strategy = Literal["adaptive", "random", "uniform", "none"]
+Strategy = Literal["adaptive", "random", "uniform", "running_cell", "flow", "everest", "none"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+SCORED: tuple[Strategy, ...] = ("adaptive", "flow", "everest")  # the highest scores, of whichever kind
 
 
 class TubeMask(NamedTuple):
@@ -41,15 +42,19 @@ def visible_places(places: int, mask_ratio: float) -> int:
     return places - math.floor(share(mask_ratio, places))
 
 
-def tube_mask(grid: Grid, batch: int, *, mask_ratio: float, seed: int, device: torch.device | str = "cpu") -> TubeMask:
+def tube_mask(
+    grid: Grid, batch: int, *, mask_ratio: float, seed: int, row: int = 0, device: torch.device | str = "cpu"
+) -> TubeMask:
     """Random tube masking: the same random places are visible in every latent frame.
+
+    `row` is the first clip's place in the batch that this one is a part of: parts are masked as the whole is.
 
     Source: Tong et al., "VideoMAE" (NeurIPS 2022), section 3.2.
     """
     frames, height, width = grid
     places = height * width
     count = visible_places(places, mask_ratio)
-    keys = random_keys(batch, places, seed=seed, stream=STREAM_TUBE, device=torch.device(device))
+    keys = random_keys(batch, places, seed=seed, stream=STREAM_TUBE, row=row, device=torch.device(device))
     frame = torch.arange(frames, device=device)[None, :, None] * places
     visible, hidden = (
         (chosen[:, None, :] + frame).flatten(1) for chosen in topk_partition(keys, count)
@@ -97,18 +102,22 @@ def select(
     budget: float,
     random: float = 0.0,
     seed: int,
+    row: int = 0,
     scores: Tensor | None = None,
 ) -> Tensor:
     """The tokens that the decoder reconstructs: K of the hidden ones, as `decoder_budget` counts them.
 
     Args:
-        strategy: "adaptive" (the highest scores, and a share at random), "random", "uniform" (evenly spaced latent
-            frames, as few as hold K hidden tokens, thinned evenly to K) or "none" (all hidden tokens).
+        strategy: "adaptive", "flow" and "everest" take the highest scores (of the tokenizer's scorer, of optical flow,
+            of patch embeddings: they differ in the scores given, and in nothing else) and a share at random;
+            "random"; "uniform" (evenly spaced latent frames, as few as hold K hidden tokens, thinned evenly to K);
+            "running_cell" (one token in four of each cell of 2 x 2 places, another one in each latent frame, then the
+            next in turn; a turn that is not needed whole is thinned evenly); "none" (all hidden tokens).
         hidden: [B, N - V] of a `TubeMask`.
         grid: (T, H, W) of the tokens.
-        budget, random: shares of all N tokens; `random` counts for "adaptive" alone.
-        seed: of what is drawn at random.
-        scores: [B, N] floating point, needed by "adaptive"; ties go to the earlier token.
+        budget, random: shares of all N tokens; `random` counts for the strategies with scores alone.
+        seed: of what is drawn at random; `row` as in `tube_mask`.
+        scores: [B, N] floating point, needed by the strategies with scores; ties go to the earlier token.
 
     Returns:
         int64 [B, K], ascending, distinct, none of them visible; [B, N - V] for "none".
@@ -117,7 +126,8 @@ def select(
         ValueError: unknown strategy, scores missing or of a wrong shape, or fewer hidden tokens than K.
         TypeError: scores are not floating point.
 
-    Source: LVMAE (NeurIPS 2024), section 3 and appendix; the baselines as compared there.
+    Source: LVMAE (NeurIPS 2024), section 3 and appendix; the baselines as compared there. Running cells: VideoMAE V2
+    (CVPR 2023), section 3.2, whose masks keep a half or a quarter of the tokens, where ours keep exactly K.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -130,11 +140,13 @@ def select(
         raise ValueError(f"budget: expected at most the {count} of {n} tokens that are hidden, got {budget} = {k}")
     if strategy == "uniform":
         return hidden[:, _uniform_places(grid[0], count // grid[0], k, hidden.device)]
-    keys = random_keys(rows, count, seed=seed, stream=STREAM_RANDOM, device=hidden.device)
-    if strategy == "adaptive":
+    if strategy == "running_cell":
+        return hidden.gather(1, topk(_running_cell(hidden, grid, k, seed=seed, row=row).float(), k))
+    keys = random_keys(rows, count, seed=seed, stream=STREAM_RANDOM, row=row, device=hidden.device)
+    if strategy in SCORED:
         if scores is None or scores.shape != (rows, n):
             raise ValueError(
-                f"scores: expected shape {[rows, n]} for the adaptive strategy, "
+                f"scores: expected shape {[rows, n]} for the strategy {strategy}, "
                 f"got {None if scores is None else list(scores.shape)}"
             )
         ranked = gather_tokens(scores[..., None], hidden, unique=True)[..., 0]
@@ -151,3 +163,22 @@ def _uniform_places(frames: int, per_frame: int, k: int, device: torch.device) -
     frame = torch.arange(used, device=device) * frames // used
     places = (frame[:, None] * per_frame + torch.arange(per_frame, device=device)).flatten()
     return places[torch.arange(k, device=device) * len(places) // k]
+
+
+def _running_cell(hidden: Tensor, grid: Grid, k: int, *, seed: int, row: int) -> Tensor:
+    """Which k of the hidden tokens running cells take: bool, of the shape of `hidden`."""
+    _, height, width = grid
+    frame, y, x = hidden // (height * width), hidden // width % height, hidden % width
+    # Each clip begins at a turn of its own.
+    start = random_words(len(hidden), 1, seed=seed, block=0, stream=STREAM_CELL, row=row, device=hidden.device)[0]
+    turn = (2 * (y % 2) + x % 2 - frame + start) % 4
+    taken, left = torch.zeros_like(hidden, dtype=torch.bool), torch.full_like(start, k)
+    for number in range(4):
+        mine = turn == number
+        place, count = mine.cumsum(1), mine.sum(1, keepdim=True)  # places from 1
+        wanted = torch.minimum(left, count)
+        # Where `place * wanted / count` passes a whole number: `wanted` of `count`, evenly.
+        step = place * wanted // count.clamp_min(1) > (place - 1) * wanted // count.clamp_min(1)
+        taken |= mine & step
+        left = left - wanted
+    return taken

@@ -1,18 +1,27 @@
 """Pretraining a masked autoencoder on the tokens of a frozen tokenizer."""
 
+import functools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from vmae import checkpoint
+from vmae import checkpoint, distributed
+from vmae.cache import Cache
+from vmae.dataset import Batch, ClipDataset, batches
+from vmae.flow import flow_available
 from vmae.mae import VideoMAE, VideoMAEConfig
-from vmae.masking import Strategy
+from vmae.masking import SCORED, Strategy
+from vmae.targets import Targets, everest_source, flow_source, tokenizer_source
 from vmae.tokenizer import AdaptiveTokenizer
-from vmae.training import Clips, Optimisation, Task, check_run, clips_of, device_of, fit
+from vmae.training import Clips, Optimisation, Task, autocast, check_run, clips_of, device_of, fit
+from vmae.video import Augmentation
+
+VALIDATION_SEED = 1 << 62  # no step's
 
 
 @dataclass(frozen=True)
@@ -21,11 +30,17 @@ class PretrainRun:
 
     data: Path
     """Folder of videos, list of `path label` lines, csv with a header, or one video."""
-    out: Path
+    out: Path = Path("runs/mae")
     """Folder for the model, its log and the run's configuration."""
     tokenizer: Path | None = None
     """Folder of a trained tokenizer; not needed for pixel targets without the adaptive strategy."""
+    window: int | None = None
+    """Frames that the tokenizer sees at a time; the paper's way is 16. By default it sees all that came before."""
+    val: Path | None = None
+    """Videos for a validation loss at every checkpoint, on the middle of each."""
     model: Literal["tiny", "small", "base", "large"] = "base"
+    init: Path | None = None
+    """Folder of a model whose weights to begin with, where they fit; `vmae convert` makes one of VideoMAE's."""
     strategy: Strategy = "adaptive"
     """Which hidden tokens the decoder reconstructs."""
     target: Literal["latent", "pixels"] = "latent"
@@ -34,27 +49,69 @@ class PretrainRun:
     budget: float = 0.15
     """Share of tokens that the decoder reconstructs."""
     random: float = 0.05
-    """Share of tokens that the adaptive strategy draws at random, within the budget."""
-    clips: Clips = field(default_factory=Clips)
+    """Share of tokens drawn at random, within the budget, by the strategies that take the highest scores."""
+    cache: Path | None = None
+    """Folder where what the tokenizer says of each view is stored, and so the flow or EVEREST scores."""
+    views: int = 0
+    """Random views of each video, which come again in turn; 0 draws new ones in every epoch, and cannot be cached."""
+    checkpointing: bool = False
+    """Keep no activations inside the blocks: less memory, more time."""
+    clips: Clips = field(default_factory=lambda: Clips(augmentation=Augmentation(crop=0.5, flip=True)))
     optimisation: Optimisation = field(default_factory=Optimisation)
     overwrite: bool = False
     """Replace a run that `out` already holds."""
+    resume: bool = False
+    """Go on with the run that `out` holds, from its last checkpoint; begin it if there is none."""
+
+    def check(self) -> None:
+        """Raise `ValueError` for settings that contradict each other."""
+        if self.tokenizer is None and (self.target == "latent" or self.strategy == "adaptive"):
+            raise ValueError(
+                f"tokenizer: expected a tokenizer's folder for target {self.target} and strategy {self.strategy}, "
+                "got none"
+            )
+        if self.strategy == "flow" and not flow_available():
+            raise ValueError("strategy: expected OpenCV for flow, run: pip install opencv-python-headless")
+        if self.cache and not self.views:
+            raise ValueError(
+                "views: expected at least 1 with --cache, which holds so many random views of each video, got 0"
+            )
 
 
 def pretrain(run: PretrainRun) -> Path:
     """Returns the folder of the pretrained model."""
+    run.check()
+    device = distributed.start(device_of(run.optimisation.device))
     check_run(run)
-    needed = run.target == "latent" or run.strategy == "adaptive"
-    if needed and run.tokenizer is None:
-        raise ValueError(
-            f"tokenizer: expected a tokenizer's folder for target {run.target} and strategy {run.strategy}, got none"
-        )
-    device = device_of(run.optimisation.device)
-    tokenizer = None
-    if needed and run.tokenizer is not None:
-        tokenizer = checkpoint.load(AdaptiveTokenizer, run.tokenizer, device)
+    model = _model(run).to(device)
+    targets = _targets(run, model, device)
+    dataset, val = _datasets(run)
+    _fill(run, targets, dataset, val)
+    return fit(_Pretraining(model, targets, val, run, device), dataset, run, targets.extras)
+
+
+def cache(run: PretrainRun) -> int:
+    """Store in the run's cache what its pretraining will read; returns how many views were missing."""
+    run.check()
+    run.clips.check()
+    if run.cache is None:
+        raise ValueError("cache: expected a folder, got none")
+    device = distributed.start(device_of(run.optimisation.device))
+    targets = _targets(run, _model(run).to(device), device)
+    if not targets.sources:
+        raise ValueError(f"cache: expected something to store, target {run.target} and {run.strategy} need nothing")
+    return _fill(run, targets, *_datasets(run))
+
+
+def _model(run: PretrainRun) -> VideoMAE:
+    """The model that the run starts from."""
     preset: Callable[..., VideoMAEConfig] = getattr(VideoMAEConfig, run.model)
-    settings: dict[str, Any] = {"latent_width": len(tokenizer.config.levels)} if tokenizer else {}
+    settings: dict[str, Any] = {}
+    if run.target == "latent" and run.tokenizer is not None:
+        settings["latent_width"] = len(checkpoint.load_config(AdaptiveTokenizer, run.tokenizer).levels)
+    if run.init is not None:
+        start = checkpoint.load(VideoMAE, run.init)
+        preset = functools.partial(replace, start.config)
     config = preset(
         frames=run.clips.frames,
         size=run.clips.size,
@@ -62,17 +119,81 @@ def pretrain(run: PretrainRun) -> Path:
         target=run.target,
         mask_ratio=run.mask_ratio,
         budget=run.budget,
-        random=run.random if run.strategy == "adaptive" else 0.0,
+        random=run.random if run.strategy in SCORED else 0.0,
         **settings,
     )
-    torch.manual_seed(run.optimisation.seed)
-    return fit(_Pretraining(VideoMAE(config), tokenizer), clips_of(run), run)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.optimisation.seed)
+        model = VideoMAE(config)
+    if run.init is not None:
+        mine, theirs = model.state_dict(), start.state_dict()
+        model.load_state_dict({k: theirs[k] if theirs[k].shape == v.shape else v for k, v in mine.items()})
+    model.checkpointing = run.checkpointing
+    return model
+
+
+def _targets(run: PretrainRun, model: VideoMAE, device: torch.device) -> Targets:
+    tokens = scores = None
+    levels: tuple[int, ...] = ()
+    if run.tokenizer is not None and (run.target == "latent" or run.strategy == "adaptive"):
+        tokenizer = checkpoint.load(AdaptiveTokenizer, run.tokenizer, device)
+        precision, levels = run.optimisation.precision, tokenizer.config.levels
+        tokens = tokenizer_source(tokenizer, functools.partial(autocast, device, precision), precision, run.window)
+    if run.strategy == "flow":
+        scores = flow_source()
+    if run.strategy == "everest" and run.cache:  # what is stored cannot follow the training
+        scores = everest_source(model.patch_embed)
+    return Targets(tokens, scores, levels=levels, cache=Cache(run.cache) if run.cache else None)
+
+
+def _datasets(run: PretrainRun) -> tuple[ClipDataset, ClipDataset | None]:
+    val = clips_of(run, start="center", data=run.val) if run.val else None
+    return clips_of(run, views=run.views), val
+
+
+def _fill(run: PretrainRun, targets: Targets, dataset: ClipDataset, val: ClipDataset | None) -> int:
+    if targets.cache is None:
+        return 0
+    workers, part = run.clips.workers, distributed.world()
+    count = targets.fill(dataset, views=run.views, workers=workers, part=part)
+    if val:
+        count += targets.fill(val, views=1, workers=workers, part=part)
+    distributed.barrier()
+    targets.cache.refresh()  # what other processes stored
+    return count
 
 
 class _Pretraining(Task):
-    def __init__(self, model: VideoMAE, tokenizer: AdaptiveTokenizer | None):
+    def __init__(
+        self, model: VideoMAE, targets: Targets, val: ClipDataset | None, run: PretrainRun, device: torch.device
+    ):
         super().__init__(model)
-        self.tokenizer = tokenizer
+        self.targets, self.val, self.run, self.device = targets, val, run, device
 
-    def loss(self, clip: Tensor, *, step: int, seed: int) -> Tensor:
-        return self.model(clip, self.tokenizer.encode(clip) if self.tokenizer else None, seed=seed)
+    def loss(self, batch: Batch, *, step: int, seed: int, row: int) -> Tensor:
+        tokens, scores = self.targets.of(batch, self.device)
+        return self.parallel(batch.clips, tokens, scores=scores, seed=seed, row=row)
+
+    def save(self, out: Path) -> dict[str, Any]:
+        checkpoint.save(self.model, out)
+        return {} if self.val is None else {"val_loss": self._validation_loss(self.val)}
+
+    @torch.no_grad()
+    def _validation_loss(self, val: ClipDataset) -> float:
+        """The mean loss over the clips, with the same masks each time."""
+        options, (rank, processes) = self.run.optimisation, distributed.world()
+        size, row = options.batch_size, rank * options.batch_size // processes
+        clips = batches(val, size, workers=self.run.clips.workers, part=(rank, processes), extras=self.targets.extras)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.model.eval()
+        for number in range(math.ceil(len(val) / size)):
+            batch = next(clips)
+            count = min(max(len(val) - number * size - row, 0), len(batch.clips))
+            # With nothing left for it a process calls the model all the same: the others may need its parameters.
+            batch = batch.head(max(count, 1)).to(self.device)
+            with autocast(self.device, options.precision):
+                loss = self.loss(batch, step=-1, seed=VALIDATION_SEED + number, row=row)
+            sums += torch.stack((loss.double() * count, torch.tensor(float(count), device=self.device)))
+        self.model.train()
+        loss, count = distributed.total(sums).tolist()
+        return loss / count

@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from vmae import checkpoint
-from vmae.masking import STRATEGIES, Strategy, TubeMask, select, tube_mask
+from vmae.masking import Strategy, TubeMask, select, tube_mask
 from vmae.tokens import TUBELET, Tokens
 
 LATENT_FRAMES_SHOWN = 8
+STRATEGIES_SHOWN: tuple[Strategy, ...] = ("adaptive", "random", "uniform", "none")
 _VISIBLE_TINT = np.array([64, 128, 255], dtype=np.float32)
 
 
@@ -84,7 +85,7 @@ def motion(clip: Tensor) -> np.ndarray:
 
 
 def selections(tokens: Tokens, masking: Masking) -> tuple[TubeMask, dict[Strategy, Tensor]]:
-    """The tube mask and the tokens [K] that each strategy selects, for one clip."""
+    """The tube mask and the tokens [K] that each strategy shown selects, for one clip."""
     mask = tube_mask(tokens.grid, 1, mask_ratio=masking.mask_ratio, seed=masking.seed)
     chosen = {
         strategy: select(
@@ -96,7 +97,7 @@ def selections(tokens: Tokens, masking: Masking) -> tuple[TubeMask, dict[Strateg
             seed=masking.seed,
             scores=tokens.scores,
         )[0]
-        for strategy in STRATEGIES
+        for strategy in STRATEGIES_SHOWN
     }
     return mask, chosen
 

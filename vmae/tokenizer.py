@@ -94,6 +94,15 @@ class TokenizerConfig:
         return cls(**changes)
 
 
+def latents_of(codes: Tensor, levels: tuple[int, ...]) -> Tensor:
+    """The quantized latents float32 [..., L] that codes stand for, bitwise those of `AdaptiveTokenizer.encode`."""
+    digits, rest = [], codes
+    for level in levels:
+        digits.append(rest % level - level // 2)
+        rest = rest // level
+    return torch.stack(digits, dim=-1).float() / torch.tensor([float(n // 2) for n in levels], device=codes.device)
+
+
 class TokenizerOutput(NamedTuple):
     """Of a training step.
 
@@ -168,11 +177,12 @@ class AdaptiveTokenizer(nn.Module, Saved):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.scorer = Scorer(config.scorer_width)
 
-    def forward(self, video: Tensor, *, seed: int, keep: float | None = None) -> TokenizerOutput:
+    def forward(self, video: Tensor, *, seed: int, keep: float | None = None, row: int = 0) -> TokenizerOutput:
         """One training step's loss: keep the highest-scoring tokens, quantize, reconstruct the pixels.
 
         All tokens of the first latent frame are kept. `video` as for `encode`; `seed` keys what is random; `keep` is
-        another share of tokens than the configuration's.
+        another share of tokens than the configuration's; `row` is the first clip's place in the batch that this one is
+        a part of.
         """
         grid = check_video(video)
         x = self.normalised(video)
@@ -184,15 +194,15 @@ class AdaptiveTokenizer(nn.Module, Saved):
             weights = torch.ones_like(quantized[..., 0])
         elif self.training:
             now, before = (self.scorer(view) for view in nuisance(x, seed=seed))
-            weights = self.keep_weights(token_scores(now, before=before), grid, seed=seed, keep=keep)
+            weights = self.keep_weights(token_scores(now, before=before), grid, seed=seed, keep=keep, row=row)
             stability = stability_loss(now, before, seed=seed)
         else:
-            weights = self.keep_weights(token_scores(self.scorer(x)), grid, seed=seed, keep=keep)
+            weights = self.keep_weights(token_scores(self.scorer(x)), grid, seed=seed, keep=keep, row=row)
         y = self.decoder(self.as_grid(quantized, grid), self.as_grid(weights[..., None], grid))
         pixels = F.mse_loss(y.float(), x)
         return TokenizerOutput(pixels + self.config.stability * stability, pixels, y, weights, codes)
 
-    def keep_weights(self, scores: Tensor, grid: Grid, *, seed: int, keep: float | None = None) -> Tensor:
+    def keep_weights(self, scores: Tensor, grid: Grid, *, seed: int, keep: float | None = None, row: int = 0) -> Tensor:
         """The weight of each token [B, N]: 1 in the first latent frame and for the top k elsewhere, else 0.
 
         In training a share of the tokens are probes: their weight is uniform in [0, 1], and they alone pass gradients
@@ -208,7 +218,7 @@ class AdaptiveTokenizer(nn.Module, Saved):
             soft = _standardised(rest)
             if self.config.selection == "perturbed":
                 soft = soft_topk(soft, k, sigma=self.config.sigma, samples=self.config.samples, seed=seed)
-            words = random_words(*rest.shape, seed=seed, block=0, stream=STREAM_PROBE, device=rest.device)
+            words = random_words(*rest.shape, seed=seed, block=0, stream=STREAM_PROBE, row=row, device=rest.device)
             shares, places = ((word >> 8).float() * 2.0**-24 for word in words[:2])
             passing = shares + (soft - soft.detach()) / self.config.probes
             weights = torch.where(places < self.config.probes, passing, weights)

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmae import checkpoint
-from vmae.dataset import ClipDataset
+from vmae import checkpoint, distributed
+from vmae.dataset import Batch, ClipDataset
 from vmae.evaluation import Evaluation, code_counts, entropy_bits, evaluate, reconstruction
 from vmae.losses import Discriminator, discriminator_loss, generator_loss, perceptual_distance, r1_penalty
+from vmae.resume import optimizer_state, restore_optimizer
 from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig
 from vmae.training import (
     HINT,
     PATIENCE,
-    RUN,
     Clips,
     Optimisation,
     Task,
@@ -77,6 +77,8 @@ class TokenizerRun:
     optimisation: Optimisation = field(default_factory=lambda: Optimisation(lr=1e-4, beta2=0.99, weight_decay=0.0))
     overwrite: bool = False
     """Replace a run that `out` already holds."""
+    resume: bool = False
+    """Go on with the run that `out` holds, from its last checkpoint; begin it if there is none."""
 
     def check(self) -> None:
         """Raise `ValueError` for a setting out of range."""
@@ -86,6 +88,8 @@ class TokenizerRun:
         for name in ("gan", "r1", "perceptual_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number from 0, got {getattr(self, name)}")
+        if self.optimisation.parallel != "ddp":
+            raise ValueError(f"parallel: expected ddp for a tokenizer, got {self.optimisation.parallel}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a number from 0 to below 1, got {self.ema}")
 
@@ -93,6 +97,7 @@ class TokenizerRun:
 def train_tokenizer(run: TokenizerRun) -> Path:
     """Returns the folder of the trained tokenizer."""
     run.check()
+    distributed.start(device_of(run.optimisation.device))
     check_run(run)
     dataset = clips_of(run)
     count = min(int(run.aside * len(dataset)), MOST_ASIDE)
@@ -105,7 +110,7 @@ def train_tokenizer(run: TokenizerRun) -> Path:
         (not task.aside, "no videos are set aside to choose the model by: the last one is saved"),
     ):
         if missing:
-            print(consequence, file=sys.stderr)
+            distributed.say(consequence)
     return fit(task, dataset, run)
 
 
@@ -130,12 +135,14 @@ def initialised(config: TokenizerConfig, seed: int) -> AdaptiveTokenizer:
 def _seed_of(folder: Path) -> int:
     """The seed of the run that left a tokenizer; 0 if it left no such word."""
     try:
-        return int(json.loads((folder / RUN).read_text(encoding="utf-8"))["optimisation"]["seed"])
+        return int(json.loads((folder / checkpoint.RUN).read_text(encoding="utf-8"))["optimisation"]["seed"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 
 
 class _TokenizerTraining(Task):
+    unused = True  # the scorer, in steps that keep all tokens
+
     def __init__(self, model: AdaptiveTokenizer, run: TokenizerRun, aside: list[Tensor]):
         super().__init__(model)
         self.run, self.aside = run, aside
@@ -155,15 +162,16 @@ class _TokenizerTraining(Task):
         self.step, self.passes = -1, list[tuple[Tensor, Tensor]]()  # real and fake clips of this step
         self.figures: dict[str, Any] = {}
 
-    def loss(self, clip: Tensor, *, step: int, seed: int) -> Tensor:
-        run, model = self.run, self.model
+    def loss(self, batch: Batch, *, step: int, seed: int, row: int) -> Tensor:
+        run, model, clip = self.run, self.model, batch.clips
         keep = 1.0 if random.Random(f"{seed}/keep").random() < run.keep_all else run.keep
-        output = model(clip, seed=seed, keep=keep)
+        output = self.parallel(clip, seed=seed, keep=keep, row=row)
         total = output.loss
         if step != self.step:
             self.step, self.passes = step, []
         self.figures = {"keep": keep, "pixels": output.pixels.detach()}  # read when the backward is under way
-        self.counts = code_counts(output.codes, model.config.levels, output.weights.detach()) + MEMORY * self.counts
+        counts = code_counts(output.codes, model.config.levels, output.weights.detach())
+        self.counts = distributed.total(counts) + MEMORY * self.counts
         real = model.normalised(clip)
         if self.distance is not None:
             perceptual = self._perceptual(real, output.reconstruction, seed=seed)
@@ -192,7 +200,8 @@ class _TokenizerTraining(Task):
             averaged.data.lerp_(current.data, 1 - decay)
         if step >= self.gan_start:
             self._train_discriminator(step)
-        return {name: float(value) for name, value in self.figures.items()} | {"entropy": self._check_codes(step)}
+        means = distributed.mean((float(value) for value in self.figures.values()), self.device)
+        return dict(zip(self.figures, means, strict=True)) | {"entropy": self._check_codes(step)}
 
     def _train_discriminator(self, step: int) -> None:
         run = self.run
@@ -205,6 +214,8 @@ class _TokenizerTraining(Task):
             penalty = R1_EVERY * run.r1 * r1_penalty(self.discriminator, real) if step % R1_EVERY == 0 else 0.0
             ((loss + penalty) / len(self.passes)).backward()
             total += loss.item() / len(self.passes)
+        (total,) = distributed.mean((total,), self.device)
+        distributed.average_gradients(self.discriminator)
         norm = float(nn.utils.clip_grad_norm_(self.discriminator.parameters(), run.optimisation.clip_norm))
         finite = math.isfinite(total) and math.isfinite(norm)
         if finite:
@@ -250,6 +261,30 @@ class _TokenizerTraining(Task):
     def stopped(self, out: Path) -> None:
         if not (out / checkpoint.WEIGHTS).exists():  # else the best one so far is there
             checkpoint.save(self.average, out)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        tensors["counts"] = self.counts
+        if self.run.gan:
+            tensors |= {f"discriminator.{name}": value for name, value in self.discriminator.state_dict().items()}
+            tensors |= {f"optimizer.{k}": v for k, v in optimizer_state(self.discriminator_optimizer).items()}
+        # json has no infinity
+        best = None if self.best == math.inf else self.best
+        facts = {"best": best, "adversarial": self.adversarial, "discriminator_loss": self.discriminator_loss}
+        return tensors, facts | {"failures": self.failures}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+
+        self.average.load_state_dict(part("average"))
+        self.counts = tensors["counts"].to(self.device)
+        if self.run.gan:
+            restore_optimizer(self.discriminator_optimizer, part("optimizer"))
+            self.discriminator.load_state_dict(part("discriminator"))
+        self.best = math.inf if facts["best"] is None else facts["best"]
+        self.adversarial, self.failures = facts["adversarial"], facts["failures"]
+        self.discriminator_loss = facts["discriminator_loss"]
 
     @torch.no_grad()
     def _error_aside(self) -> float:

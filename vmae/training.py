@@ -1,13 +1,14 @@
-"""The training loop: it logs, saves, leaves out what is not finite, and stops cleanly."""
+"""The training loop: it logs, saves, leaves out what is not finite, stops cleanly and goes on where it stopped."""
 
 import contextlib
-import itertools
 import json
 import math
+import os
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vmae import checkpoint
-from vmae.dataset import ClipDataset, batches
+from vmae import checkpoint, distributed, resume
+from vmae.checkpoint import RUN
+from vmae.dataset import Batch, ClipDataset, Extras, batches
+from vmae.loader import Loader
 from vmae.memory import memory_gib
 from vmae.tokens import check_clip
-from vmae.video import Start
+from vmae.video import PLAIN, Augmentation, Start
 
-LOG, RUN = "log.jsonl", "run.json"
+LOG = "log.jsonl"
 PATIENCE = 5  # steps without a number, in a row
 HINT = "{} holds the last checkpoint, if there was one"
 
@@ -44,12 +47,14 @@ class Clips:
     """Sample by time at this rate instead."""
     short: Literal["loop", "refuse"] = "loop"
     """What to do with a video shorter than a clip: begin again at its start, or skip it."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
     workers: int = 1
     """Processes that decode."""
 
     def check(self) -> None:
         """Raise `ValueError` for a setting out of range: not at construction, which the command line reports badly."""
         check_clip(self.frames, self.size)
+        self.augmentation.check()
         if self.workers < 0:
             raise ValueError(f"workers: expected at least 0, got {self.workers}")
 
@@ -60,7 +65,7 @@ class Optimisation:
 
     steps: int = 10_000
     batch_size: int = 1
-    """Clips per forward pass."""
+    """Clips per forward pass, of all processes together."""
     accumulate: int = 1
     """Forward passes per step."""
     lr: float = 3e-4
@@ -73,6 +78,10 @@ class Optimisation:
     clip_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = False
+    """Compile the model: takes a minute at first; needs a C++ compiler, or Triton on a GPU."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes (torchrun) share the work: each with the whole model, or with a part of it."""
     save_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
     seed: int = 0
@@ -111,6 +120,8 @@ class Run(Protocol):
     def optimisation(self) -> Optimisation: ...
     @property
     def overwrite(self) -> bool: ...
+    @property
+    def resume(self) -> bool: ...
 
 
 def check_run(run: Run) -> None:
@@ -118,8 +129,15 @@ def check_run(run: Run) -> None:
     run.clips.check()
     run.optimisation.check()
     checkpoint.check_writable(run.out / RUN)
+    if run.overwrite and run.resume:
+        raise ValueError("resume: expected without --overwrite, which replaces the run that would go on")
+    if run.resume or distributed.world().rank > 0:
+        return
     if not run.overwrite and any((run.out / name).exists() for name in (LOG, checkpoint.WEIGHTS)):
-        raise ValueError(f"{run.out}: already holds a run; choose another --out, or give --overwrite to replace it")
+        raise ValueError(
+            f"{run.out}: already holds a run; choose another --out, or give --resume to go on with it or --overwrite "
+            "to replace it"
+        )
 
 
 def device_of(name: str) -> torch.device:
@@ -142,13 +160,21 @@ def learning_rate(step: int, options: Optimisation) -> float:
 
 
 class Task:
-    """What a run trains. The loop calls, in each step, `loss` for every forward pass, then `updated`."""
+    """What a run trains. The loop calls, in each step, `loss` for every forward pass, then `updated`.
+
+    Of several processes each has a task of its own, with a part of every batch; `save` and the rest are called in all.
+    """
+
+    unused = False
+    """Whether some steps leave parameters without a gradient."""
 
     def __init__(self, model: Any):
         self.model = model
+        self.parallel = model
+        """What to call in the model's place while training."""
 
-    def loss(self, clip: Tensor, *, step: int, seed: int) -> Tensor:
-        """The scalar to minimise for a batch of clips."""
+    def loss(self, batch: Batch, *, step: int, seed: int, row: int) -> Tensor:
+        """The scalar to minimise for a batch, or for the part of it that begins at clip `row`, on the run's device."""
         raise NotImplementedError
 
     def updated(self, step: int) -> dict[str, Any]:
@@ -162,80 +188,172 @@ class Task:
 
     def stopped(self, out: Path) -> None:
         """Write what is worth keeping at once: the run is being stopped."""
-        self.save(out)
+        checkpoint.save(self.model, out)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What else than the model and its optimizer a run needs to go on: tensors, and facts that json can hold."""
+        return {}, {}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
 
 
-def clips_of(run: Run, start: Start = "random") -> ClipDataset:
-    """The clips that a run's settings name."""
-    settings = asdict(run.clips)
-    del settings["workers"]
-    return ClipDataset(run.data, start=start, seed=run.optimisation.seed, **settings)
+def clips_of(run: Run, start: Start = "random", data: Path | None = None, views: int = 0) -> ClipDataset:
+    """The clips that a run's settings name, of its own data or of others'."""
+    clips = run.clips
+    return ClipDataset(
+        data or run.data, frames=clips.frames, size=clips.size, stride=clips.stride, fps=clips.fps, short=clips.short,
+        start=start, augmentation=clips.augmentation if start == "random" else PLAIN, views=views,
+        seed=run.optimisation.seed,
+    )  # fmt: skip
 
 
-def fit(task: Task, dataset: ClipDataset, run: Run) -> Path:
+def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None) -> Path:
     """Train on the clips of a dataset; writes configuration, log and checkpoints to `run.out`, and returns it.
 
-    A step whose loss or gradient is not finite changes nothing; `PATIENCE` of them in a row end the run.
+    A step whose loss or gradient is not finite changes nothing; `PATIENCE` of them in a row end the run. What a step
+    draws depends on the settings and on its number alone, so a run that goes on does as if it had never stopped.
     """
     options, out = run.optimisation, run.out
     device = device_of(options.device)
+    rank, processes = distributed.world()
+    _warm_up()
     model = task.model.to(device).train()
+    task.parallel = distributed.parallel(model, options.parallel, device, unused=task.unused)
     optimizer = adamw(model, options)
-    skipped: list[str] = []
-    clips = _on_device(
-        batches(dataset, options.batch_size, workers=run.clips.workers, seed=options.seed, skipped=skipped), device
-    )
-    clips = itertools.chain([next(clips)], clips)  # videos that cannot be used show before anything is written
-    _clear(out)
-    checkpoint.write_text(out / RUN, json.dumps(asdict(run), indent=2, default=str) + "\n")
-    told: set[str] = set()
-    step = failures = 0
-    with open(out / LOG, "w", encoding="utf-8") as log, _progress(options.steps, out.name) as bar:
-        try:
-            for step in range(options.steps):
-                begin = time.perf_counter()
-                set_learning_rate(optimizer, step, options)
-                loss = _backward(task, clips, step, options, device)
-                norm = float(nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm))
-                finite = math.isfinite(loss) and math.isfinite(norm)
-                failures = 0 if finite else failures + 1
-                if failures == PATIENCE:
-                    raise TrainingError(
-                        f"step {step}: the training diverged: expected a finite loss and gradient, got {loss} and "
-                        f"{norm}, {PATIENCE} times in a row; {HINT.format(out)}; try a lower --lr"
-                    )
-                if finite:
-                    optimizer.step()
-                optimizer.zero_grad()
-                line: dict[str, Any] = {
-                    "step": step,
-                    "loss": loss if finite else None,
-                    "lr": learning_rate(step, options),
-                    "grad_norm": norm if finite else None,
-                }
-                line |= task.updated(step) if finite else {}
-                rate = options.batch_size * options.accumulate / (time.perf_counter() - begin)
-                for reason in set(skipped) - told:
-                    bar.write(f"skipped: {reason}", file=sys.stderr)
-                told.update(skipped)
-                if not finite:
-                    bar.write(f"step {step}: loss {loss}, gradient {norm}: left out", file=sys.stderr)
-                line |= {"clips_per_s": round(rate, 3), "memory_gib": round(memory_gib(device), 3)}
-                line |= {"skipped": len(skipped)}
-                if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
-                    line |= task.save(out)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                bar.set_postfix_str(f"loss {loss:.4f}, {rate:.2f} clips/s, {line['memory_gib']:.2f} GiB", refresh=False)
-                bar.update()
-        except KeyboardInterrupt:
-            if step == 0:
-                raise KeyboardInterrupt("stopped before the first step was done") from None
-            task.stopped(out)
-            raise KeyboardInterrupt(f"stopped at step {step}; the model so far is in {out}") from None
-    if told:
-        print(f"skipped {len(told)} videos that could not be used", file=sys.stderr)
+    first, size, skipped = resume.restore(task, optimizer, dataset, run) if run.resume else resume.Position(0, 0, 0)
+    if first == options.steps:
+        distributed.say(f"{out}: all {first} steps are done")
+        return out
+    if options.compile:
+        _check_compiler(device)
+        model.compile()
+    clips = batches(
+        dataset, options.batch_size, workers=run.clips.workers, seed=options.seed, start=first * options.accumulate,
+        part=(rank, processes), extras=extras,
+    )  # fmt: skip
+    # Its first batch is there before anything is written, so that videos that cannot be used show.
+    loader = Loader(clips, device, workers=run.clips.workers)
+    if rank == 0:
+        if not first:
+            _clear(out)
+        checkpoint.write_text(out / RUN, json.dumps(asdict(run), indent=2, default=str) + "\n")
+    failures = 0
+    with _Log(out / LOG, size) as log, _progress(options.steps, first, out.name) as bar, _Signals() as signals:
+        for step in range(first, options.steps):
+            begin = time.perf_counter()
+            set_learning_rate(optimizer, step, options)
+            loss = _backward(task, loader, step, options, device)
+            norm = float(distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)))
+            loss, skips, stop = distributed.mean((loss, len(loader.skipped), signals.received), device)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            failures = 0 if finite else failures + 1
+            if failures == PATIENCE:
+                raise TrainingError(
+                    f"step {step}: the training diverged: expected a finite loss and gradient, got {loss} and "
+                    f"{norm}, {PATIENCE} times in a row; {HINT.format(out)}; try a lower --lr"
+                )
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
+            line: dict[str, Any] = {
+                "step": step,
+                "loss": loss if finite else None,
+                "lr": learning_rate(step, options),
+                "grad_norm": norm if finite else None,
+            }
+            line |= task.updated(step) if finite else {}
+            seconds = time.perf_counter() - begin
+            rate = options.batch_size * options.accumulate / seconds
+            for reason in loader.told():
+                bar.write(f"skipped: {reason}", file=sys.stderr)
+            if not finite:
+                bar.write(f"step {step}: loss {loss}, gradient {norm}: left out", file=sys.stderr)
+            skipped += round(skips * processes)
+            line |= {"clips_per_s": round(rate, 3), "waiting": round(loader.waited / seconds, 3)}
+            line |= {"decoded_frames_per_s": round(loader.speed, 1), "memory_gib": round(memory_gib(device), 3)}
+            line |= {"skipped": skipped}
+            due = (step + 1) % options.save_every == 0 or step + 1 == options.steps
+            if due:
+                line |= task.save(out)
+            elif stop:
+                task.stopped(out)
+            size = log.write(line)
+            if due or stop:
+                resume.save(task, optimizer, dataset, out, resume.Position(step + 1, size, skipped))
+            bar.set_postfix_str(f"loss {loss:.4f}, {rate:.2f} clips/s, {line['memory_gib']:.2f} GiB", refresh=False)
+            bar.update()
+            loader.next_step(seconds)
+            if stop:
+                raise KeyboardInterrupt(f"stopped after {step + 1} steps; the model is in {out}; --resume goes on")
+    distributed.say(loader.report(run.clips.size))
+    if skipped:
+        distributed.say(f"skipped {skipped} times a video that could not be used")
     return out
+
+
+class _Log:
+    """A file of json lines, which goes on after its first `size` bytes. Only the first of several processes writes."""
+
+    def __init__(self, path: Path, size: int):
+        self.file = open(path, "r+b" if size else "wb") if distributed.world().rank == 0 else None  # noqa: SIM115
+        if self.file:
+            self.file.truncate(size)
+            self.file.seek(size)
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file:
+            self.file.close()
+
+    def write(self, line: dict[str, Any]) -> int:
+        """Returns the file's size."""
+        if not self.file:
+            return 0
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+        return self.file.tell()
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM wait for the end of a step; a second one does not."""
+
+    def __init__(self):
+        self.received = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        with contextlib.suppress(ValueError):  # not in the main thread: whoever has it sees to signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, *_: object) -> None:
+        self.received += 1
+        if self.received > 1:
+            raise KeyboardInterrupt("stopped at once; --resume goes on from the last checkpoint")
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+
+def _warm_up() -> None:
+    """Use the vector mathematics once: a process's first call with several threads has been seen to round otherwise."""
+    x = torch.linspace(0.1, 1.0, 1 << 18, requires_grad=True)
+    y = torch.nn.functional.gelu((x.sqrt().exp().log() / x).erf()).softmax(0).sum()
+    y.backward()
+    optimizer = torch.optim.AdamW([x], lr=1e-3, fused=True)
+    optimizer.step()
+
+
+def _check_compiler(device: torch.device) -> None:
+    compiler = os.environ.get("CXX") or ("g++" if shutil.which("g++") else "clang++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise ValueError(f"compile: expected a C++ compiler, found no {compiler}; set CXX, or leave --compile out")
 
 
 def adamw(model: nn.Module, options: Optimisation) -> torch.optim.AdamW:
@@ -251,32 +369,33 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, options: Opti
         group["lr"] = learning_rate(step, options)
 
 
-def _backward(task: Task, clips: Iterator[Tensor], step: int, options: Optimisation, device: torch.device) -> float:
-    """Accumulate one step's gradients; returns the mean loss."""
+def _backward(task: Task, loader: Loader, step: int, options: Optimisation, device: torch.device) -> float:
+    """Accumulate one step's gradients; returns the mean loss of this process's clips."""
     total = 0.0
+    rank, processes = distributed.world()
     for part in range(options.accumulate):
         seed = (options.seed << 32) + step * options.accumulate + part
+        row = rank * options.batch_size // processes
         with autocast(device, options.precision):
-            loss = task.loss(next(clips), step=step, seed=seed)
+            loss = task.loss(loader.next(), step=step, seed=seed, row=row)
         (loss / options.accumulate).backward()
         total += loss.item() / options.accumulate
     return total
 
 
-def _on_device(source: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[Tensor]:
-    for clip, _ in source:
-        yield clip.to(device, non_blocking=True)
-
-
-def _progress(steps: int, name: str) -> Any:
+def _progress(steps: int, done: int, name: str) -> Any:
     # A log file gets a line every 10 seconds, a terminal several a second.
     interval = 0.2 if sys.stderr.isatty() else 10
-    bar = tqdm(total=steps, desc=name, unit="step", mininterval=interval, dynamic_ncols=True)
+    quiet = distributed.world().rank > 0
+    bar = tqdm(
+        total=steps, initial=done, desc=name, unit="step", mininterval=interval, dynamic_ncols=True, disable=quiet
+    )
     return contextlib.closing(bar)
 
 
 def _clear(out: Path) -> None:
     """Remove an earlier run, so that its weights never stand beside this one's configuration."""
+    checkpoint.clear_states(out)
     for name in (checkpoint.WEIGHTS, checkpoint.CONFIG, LOG, RUN):
         (out / name).unlink(missing_ok=True)
         for left in out.glob(f".{name}.*.part"):  # by a run that was killed while it wrote

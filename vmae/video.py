@@ -1,5 +1,6 @@
 """Clips from video files: frames sampled in time, resized and cropped."""
 
+import functools
 import math
 import random
 from bisect import bisect_right
@@ -29,6 +30,44 @@ class _Index:
     ticks: list[int] | None  # None where the container stores no usable timestamps
     duration: float
     slack: float  # by how much a time may be rounded
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class View:
+    """All that decides a clip's pixels, given its file."""
+
+    frames: tuple[int, ...]
+    """Numbers in the file, in presentation order."""
+    times: tuple[float, ...]
+    """Seconds from the first frame of the file."""
+    crop: tuple[int, int, int, int] | None
+    """Top, left, height and width, in pixels of the file; None takes the largest square at the centre."""
+    size: int
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is drawn at random for each view of a video, beside where it starts."""
+
+    crop: float = 1.0
+    """Least share of the picture's area that a random crop takes, 3:4 to 4:3; 1 takes the square at the centre."""
+    flip: bool = False
+    """Mirror every other clip, left to right."""
+    jitter: float = 0.0
+    """Play clips up to this share faster or slower: 0.25 draws a speed from 0.8 to 1.25."""
+
+    def check(self) -> None:
+        """Raise `ValueError` for a setting out of range."""
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop: expected a number above 0, up to 1, got {self.crop}")
+        if not 0 <= self.jitter < 4:
+            raise ValueError(f"jitter: expected a number from 0 to below 4, got {self.jitter}")
+
+
+PLAIN = Augmentation()
 
 
 def load_clip(
@@ -40,6 +79,7 @@ def load_clip(
     stride: int = 1,
     start: Start = "center",
     short: Literal["loop", "refuse"] = "loop",
+    augmentation: Augmentation = PLAIN,
     seed: int | None = None,
 ) -> Tensor:
     """Decode a clip, with its short side resized to `size` and the long side cropped at the centre.
@@ -52,7 +92,8 @@ def load_clip(
         stride: take every `stride`-th frame; 1 if `fps` is given.
         start: "center", "random", or the number of the file's frame at which the clip starts.
         short: what to do with a file that has fewer frames than asked: begin again at its start, or refuse it.
-        seed: of a random start; None draws a new one each time.
+        augmentation: random crop, mirroring and speed; none by default.
+        seed: of a random start and of the augmentation; None draws a new one each time.
 
     Returns:
         uint8 [1, 3, T, H, W]: a channels-last view of the decoded frames.
@@ -61,31 +102,78 @@ def load_clip(
         VideoError: the file is missing, empty, no video, truncated, damaged or (with `short="refuse"`) too short.
         ValueError: an argument is out of range.
     """
+    view = draw_view(
+        path, frames=frames, size=size, fps=fps, stride=stride, start=start, short=short, augmentation=augmentation,
+        seed=seed,
+    )  # fmt: skip
+    return load_view(path, view)
+
+
+def draw_view(
+    path: str | Path,
+    *,
+    frames: int,
+    size: int,
+    fps: float | None = None,
+    stride: int = 1,
+    start: Start = "center",
+    short: Literal["loop", "refuse"] = "loop",
+    augmentation: Augmentation = PLAIN,
+    seed: int | None = None,
+) -> View:
+    """The view of a video that `load_clip` decodes; the same arguments and errors. Nothing is decoded."""
     check_sampling(frames, size, fps, stride, start, short)
+    augmentation.check()
     path = Path(path)
-    if not path.is_file():
-        raise VideoError(f"{path}: expected a video file, found {'a directory' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size == 0:
-        raise VideoError(f"{path}: the file is empty")
+    with _naming(path):
+        index = _read_index(path)
+    draw = random.Random(seed)
+    # Not drawn where it is off, so that what is off changes nothing else.
+    speed = (1 + augmentation.jitter) ** draw.uniform(-1, 1) if augmentation.jitter else 1.0
+    wanted = _wanted_frames(path, index, frames, fps, stride, start, short, speed, draw)
+    crop = None
+    if augmentation.crop < 1:
+        crop = _random_crop(index.height, index.width, augmentation.crop, draw)
+    flip = augmentation.flip and draw.random() < 0.5
+    return View(tuple(wanted), tuple(index.times[i] for i in wanted), crop, size, flip)
+
+
+def load_view(path: str | Path, view: View) -> Tensor:
+    """Decode a view of a video: uint8 [1, 3, T, H, W], a channels-last view. Errors as of `load_clip`."""
     # FFmpeg is loaded when a file is opened, so that importing vmae needs no video library.
     import av
 
-    try:
+    path = Path(path)
+    with _naming(path):
         index = _read_index(path)
-        wanted = _wanted_frames(path, index, frames, fps, stride, start, short, seed)
+        if max(view.frames) >= len(index.times):
+            raise VideoError(f"{path}: has {len(index.times)} frames, frame {max(view.frames)} is wanted")
         try:
-            clip, missing = _decode(path, index, wanted, size, seek=True)
+            clip, missing = _decode(path, index, view, seek=True)
         except av.FFmpegError:  # frames after the seek point may refer to frames before it
-            missing = len(wanted)
+            missing = len(view.frames)
         if missing:  # once more, from the file's first frame
-            clip, missing = _decode(path, index, wanted, size, seek=False)
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{path}: cannot be decoded ({error.strerror or type(error).__name__})") from error
+            clip, missing = _decode(path, index, view, seek=False)
     if missing:
         raise VideoError(
-            f"{path}: truncated or damaged: {missing} of the {len(set(wanted))} frames wanted cannot be decoded"
+            f"{path}: truncated or damaged: {missing} of the {len(set(view.frames))} frames wanted cannot be decoded"
         )
     return torch.from_numpy(clip).permute(3, 0, 1, 2)[None]
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn FFmpeg's errors into ones that name the file, and refuse what is no file at all."""
+    import av
+
+    if not path.is_file():
+        raise VideoError(f"{path}: expected a video file, found {'a directory' if path.is_dir() else 'no such file'}")
+    try:
+        if path.stat().st_size == 0:
+            raise VideoError(f"{path}: the file is empty")
+        yield
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: cannot be decoded ({error.strerror or type(error).__name__})") from error
 
 
 def frame_count(path: str | Path) -> int:
@@ -149,14 +237,21 @@ def _log_counts(path: Path, counts: bool) -> Iterator[None]:
 
 
 def _read_index(path: Path) -> _Index:
-    """Read the file's packets, without decoding them."""
-    if (promised_bytes := _promised_bytes(path)) > (size := path.stat().st_size):
+    """What the file's packets say; a view is drawn and decoded from one reading of them."""
+    status = path.stat()
+    return _packets(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _packets(path: Path, size: int, changed: int) -> _Index:
+    if (promised_bytes := _promised_bytes(path)) > size:
         raise VideoError(f"{path}: truncated: its header promises {promised_bytes} bytes, {size} are there")
     container, stream = _open(path)
     with container, _log_counts(path, "matroska" in container.format.name):
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         promised, rate, tick = stream.frames, stream.average_rate, stream.time_base
         timed = container.format.name != "avi"  # stores none; FFmpeg's are in decoding order
+        picture = stream.codec_context.height, stream.codec_context.width
     if not packets:
         raise VideoError(f"{path}: has no video frames")
     if len(packets) < promised:
@@ -169,9 +264,9 @@ def _read_index(path: Path) -> _Index:
         last = next((float(p.duration * tick) for p in packets if p.pts == ticks[-1] and p.duration), 0.0)
         last = last or (times[-1] / (len(times) - 1) if len(times) > 1 else 1.0)
         # Matroska rounds times to milliseconds.
-        return _Index(times, ticks, times[-1] + last, slack=min(float(tick), 1e-3) + 1e-6)
+        return _Index(times, ticks, times[-1] + last, min(float(tick), 1e-3) + 1e-6, *picture)
     step = 1 / float(rate or 25)
-    return _Index([i * step for i in range(len(packets))], None, len(packets) * step, slack=1e-6)
+    return _Index([i * step for i in range(len(packets))], None, len(packets) * step, 1e-6, *picture)
 
 
 def _promised_bytes(path: Path) -> int:
@@ -222,18 +317,18 @@ def _wanted_frames(
     stride: int,
     start: Start,
     short: str,
-    seed: int | None,
+    speed: float,
+    draw: random.Random,
 ) -> list[int]:
     """The file's frame numbers that make up the clip, in presentation order."""
     total = len(index.times)
     if isinstance(start, int) and start >= total:
         raise VideoError(f"{path}: has {total} frames, the clip was to start at frame {start}")
     # One rule for both ways to sample, in frames or in seconds.
-    step: float
     if fps is None:
-        unit, length, step, span = "frames", float(total), stride, (frames - 1) * stride + 1.0
+        unit, length, step, span = "frames", float(total), stride * speed, (frames - 1) * stride * speed + 1.0
     else:
-        unit, length, step, span = "seconds", index.duration, 1 / fps, frames / fps
+        unit, length, step, span = "seconds", index.duration, speed / fps, frames * speed / fps
     begin = 0.0
     if isinstance(start, int):
         begin = start if fps is None else index.times[start]
@@ -243,21 +338,28 @@ def _wanted_frames(
     if start == "center":
         begin = room / 2
     elif start == "random":
-        begin = random.Random(seed).random() * (room + 1 if fps is None else room)
+        begin = draw.random() * (room + 1 if fps is None else room)
     if fps is None:
-        return [(int(begin) + i * stride) % total for i in range(frames)]
+        return [int(int(begin) + i * step) % total for i in range(frames)]
     # A frame is shown until the next one begins; the slack absorbs the rounding of timestamps.
     moments = ((begin + i * step) % index.duration for i in range(frames))
     return [max(bisect_right(index.times, moment + index.slack) - 1, 0) for moment in moments]
 
 
-def _decode(path: Path, index: _Index, wanted: list[int], size: int, *, seek: bool) -> tuple[np.ndarray, int]:
-    """The wanted frames [T, size, size, 3] uint8, and how many of them were not found."""
+def _random_crop(height: int, width: int, least: float, draw: random.Random) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a part with this share of a picture's area or more, as far as its shape allows."""
+    area, aspect = height * width * draw.uniform(least, 1), (4 / 3) ** draw.uniform(-1, 1)
+    h, w = (min(max(round(math.sqrt(a)), 1), side) for a, side in ((area / aspect, height), (area * aspect, width)))
+    return draw.randint(0, height - h), draw.randint(0, width - w), h, w
+
+
+def _decode(path: Path, index: _Index, view: View, *, seek: bool) -> tuple[np.ndarray, int]:
+    """The view's frames [T, size, size, 3] uint8, and how many of them were not found."""
     places: dict[int, list[int]] = {}
-    for place, number in enumerate(wanted):
+    for place, number in enumerate(view.frames):
         places.setdefault(number, []).append(place)
     number_of = {tick: i for i, tick in enumerate(index.ticks)} if index.ticks else None
-    clip = np.empty((len(wanted), size, size, 3), dtype=np.uint8)
+    clip = np.empty((len(view.frames), view.size, view.size, 3), dtype=np.uint8)
     container, stream = _open(path)
     decoded = 0
     with container, _log_counts(path, stream.codec_context.name == "ffv1"):
@@ -267,7 +369,7 @@ def _decode(path: Path, index: _Index, wanted: list[int], size: int, *, seek: bo
             number = number_of.get(frame.pts, -1) if number_of else decoded
             decoded += 1
             if not frame.is_corrupt and number in places:
-                clip[places.pop(number)] = _resize_and_crop(frame, size)
+                clip[places.pop(number)] = _picture(frame, view)
             if number_of and not places:
                 break
     if number_of is None and decoded != len(index.times):  # which ones are missing, nobody knows
@@ -275,9 +377,17 @@ def _decode(path: Path, index: _Index, wanted: list[int], size: int, *, seek: bo
     return clip, len(places)
 
 
-def _resize_and_crop(frame: Any, size: int) -> np.ndarray:
-    scale = size / min(frame.width, frame.height)
-    width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
+def _picture(frame: Any, view: View) -> np.ndarray:
+    """The part of a frame that a view shows, [size, size, 3]: the frame is resized such that this part fits."""
+    size = view.size
+    if view.crop is None:
+        scale = size / min(frame.width, frame.height)
+        width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
+        top, left = (height - size) // 2, (width - size) // 2
+    else:
+        y, x, h, w = view.crop
+        width, height = max(size, round(frame.width * size / w)), max(size, round(frame.height * size / h))
+        top, left = min(round(y * size / h), height - size), min(round(x * size / w), width - size)
     resized = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
-    top, left = (height - size) // 2, (width - size) // 2
-    return resized[top : top + size, left : left + size]
+    part = resized[top : top + size, left : left + size]
+    return part[:, ::-1] if view.flip else part

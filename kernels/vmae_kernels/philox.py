@@ -14,7 +14,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 # The last counter word keeps the uses of one seed apart.
-STREAM_NOISE, STREAM_TUBE, STREAM_RANDOM, STREAM_PROBE, STREAM_NUISANCE = 0, 1, 2, 3, 4
+STREAM_NOISE, STREAM_TUBE, STREAM_RANDOM, STREAM_PROBE, STREAM_NUISANCE, STREAM_CELL = 0, 1, 2, 3, 4, 5
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -39,23 +39,25 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 
 
 def random_words(
-    rows: int, n: int, *, seed: int, block: int, stream: int, device: torch.device
+    rows: int, n: int, *, seed: int, block: int, stream: int, device: torch.device, row: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words per element of [rows, n], keyed by (element, row, block, stream) and `seed`."""
+    """Four words per element of [rows, n], keyed by (element, row, block, stream) and `seed`; the first row is `row`."""
     element = torch.arange(n, device=device)[None, :]
-    row = torch.arange(rows, device=device)[:, None]
-    element, row = torch.broadcast_tensors(element, row)
-    return philox((element, row, torch.full_like(row, block), torch.full_like(row, stream)), seed)
+    number = torch.arange(row, row + rows, device=device)[:, None]
+    element, number = torch.broadcast_tensors(element, number)
+    return philox((element, number, torch.full_like(number, block), torch.full_like(number, stream)), seed)
 
 
-def random_keys(rows: int, n: int, *, seed: int, stream: int, device: torch.device) -> Tensor:
+def random_keys(rows: int, n: int, *, seed: int, stream: int, device: torch.device, row: int = 0) -> Tensor:
     """[rows, n] float32 holding uniform integers of 24 bits, exactly: keys for a random selection by `topk`."""
-    return (random_words(rows, n, seed=seed, block=0, stream=stream, device=device)[0] >> 8).float()
+    return (random_words(rows, n, seed=seed, block=0, stream=stream, device=device, row=row)[0] >> 8).float()
 
 
-def normals(rows: int, n: int, *, seed: int, block: int, device: torch.device, stream: int = STREAM_NOISE) -> Tensor:
+def normals(
+    rows: int, n: int, *, seed: int, block: int, device: torch.device, stream: int = STREAM_NOISE, row: int = 0
+) -> Tensor:
     """[4, rows, n] float32 standard normals (Box-Muller): samples 4 * block to 4 * block + 3 of every element."""
-    words = random_words(rows, n, seed=seed, block=block, stream=stream, device=device)
+    words = random_words(rows, n, seed=seed, block=block, stream=stream, device=device, row=row)
     # 24 bits fill a float32 exactly; the logarithm's argument lies in (0, 1].
     u0, u1, u2, u3 = ((word >> 8).float() for word in words)
     radius0 = (-2 * ((u0 + 1) * 2.0**-24).log()).sqrt()

@@ -1,0 +1,134 @@
+"""All that a run needs to go on as if it had never stopped: what is saved, and how it is taken up again."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmae import checkpoint, distributed
+from vmae.dataset import ClipDataset
+
+if TYPE_CHECKING:
+    from vmae.training import Run, Task
+
+FREE = frozenset(
+    {"out", "data", "val", "cache", "tokenizer", "overwrite", "resume", "workers", "device", "save_every", "parallel"}
+)
+"""Settings that may differ when a run goes on: where things are, and what changes no step."""
+
+
+class Position(NamedTuple):
+    """Where a run stands: its next step, the size of its log in bytes, and how often a video was skipped."""
+
+    step: int
+    log: int
+    skipped: int
+
+
+def save(
+    task: "Task", optimizer: torch.optim.Optimizer, dataset: ClipDataset, directory: Path, position: Position
+) -> None:
+    """Write a run's state. Of several processes all must call this, and the first one writes."""
+    more, facts = task.state()
+    parts = {"model": task.model.state_dict(), "optimizer": optimizer_state(optimizer), "task": more}
+    tensors = {f"{part}/{k}": distributed.whole(v) for part, values in parts.items() for k, v in values.items()}
+    facts = {
+        **position._asdict(),
+        "videos": _fingerprint(dataset),
+        "threads": torch.get_num_threads(),
+        "processes": distributed.world().size,
+        "torch": torch.__version__,
+        "task": facts,
+    }
+    if distributed.world().rank == 0:
+        checkpoint.save_state(tensors, facts, directory, position.step)
+
+
+def restore(task: "Task", optimizer: torch.optim.Optimizer, dataset: ClipDataset, run: "Run") -> Position:
+    """Take up a run where its last checkpoint left it; a run that has none begins.
+
+    Raises:
+        ValueError: the run began with other settings or videos, or all its checkpoints are damaged.
+    """
+    saved = checkpoint.load_state(run.out)
+    if saved is None:
+        distributed.say(f"{run.out}: holds no checkpoint; the run begins at its first step")
+        return Position(0, 0, 0)
+    tensors, facts = saved
+    _check_same(run, run.out / checkpoint.RUN)
+    if facts["videos"] != _fingerprint(dataset):
+        raise ValueError(f"{run.data}: expected the videos that the run in {run.out} began with, found others")
+    if (now := torch.__version__) != facts["torch"]:
+        distributed.say(
+            f"the run began with torch {facts['torch']}, this is {now}: it may round otherwise from here on"
+        )
+    if distributed.world().size == facts["processes"]:
+        torch.set_num_threads(facts["threads"])  # sums are split among them
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+
+    restore_optimizer(optimizer, part("optimizer"))
+    weights = part("model")
+    for name, value in task.model.state_dict().items():
+        distributed.assign(value, weights[name])
+    task.restore(part("task"), facts["task"])
+    return Position(facts["step"], facts["log"], facts["skipped"])
+
+
+def _states(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of an optimizer by the place of their parameter; one that never had a gradient has none."""
+    states = [optimizer.state.get(parameter, {}) for parameter in _parameters(optimizer)]
+    return {f"{i}.{name}": value for i, state in enumerate(states) for name, value in state.items()}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {name: distributed.whole(value) for name, value in _states(optimizer).items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """Take up what `optimizer_state` gave, for the same parameters, which stay as they are."""
+    known = {int(name.partition(".")[0]) for name in state}
+    for i, parameter in enumerate(_parameters(optimizer)):
+        parameter.grad = torch.zeros_like(parameter) if i in known else None
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()  # makes the tensors to copy to, as they are laid out here
+    optimizer.zero_grad()
+    for name, target in _states(optimizer).items():
+        distributed.assign(target, state[name])
+
+
+def _check_same(run: "Run", file: Path) -> None:
+    """Raise `ValueError` unless a run's settings are those that it began with."""
+    try:
+        before = _flat(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: expected the settings of the run to go on with, found none ({error})") from error
+    now = _flat(json.loads(json.dumps(asdict(run), default=str)))
+    for name in sorted(now.keys() | before.keys()):
+        if name not in FREE and now.get(name) != before.get(name):
+            raise ValueError(
+                f"{name}: expected {before.get(name)!r}, as the run in {file.parent} began with, got {now.get(name)!r}"
+            )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value) if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _fingerprint(dataset: ClipDataset) -> str:
+    """Of the videos and their order, wherever their folder lies."""
+    names = [f"{path.name} {label}" for path, label in dataset.entries]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
