@@ -3,7 +3,7 @@ PYTHON ?= python3
 READY := .venv/.ready
 RUN := .venv/bin/
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-long lint bench clean
 
 setup: $(READY)
 
@@ -19,6 +19,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN)python -m pytest
+
+test-long: $(READY)
+	$(RUN)python -m pytest -m long
 
 lint: $(READY)
 	$(RUN)ruff check .

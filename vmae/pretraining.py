@@ -178,6 +178,21 @@ class _Pretraining(Task):
         checkpoint.save(self.model, out)
         return {} if self.val is None else {"val_loss": self._validation_loss(self.val)}
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {"sources": [source.name for source in self.targets.sources]}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        began, mine = facts["sources"], self.state()[1]["sources"]
+        if len(began) != len(mine):  # EVEREST's scores, which only a cache freezes
+            raise ValueError(
+                f"cache: expected {'one' if len(began) > len(mine) else 'none'}, as the run in {self.run.out} began"
+            )
+        if began != mine:
+            raise ValueError(
+                f"tokenizer: expected the one that the run in {self.run.out} began with, got another in "
+                f"{self.run.tokenizer}"
+            )
+
     @torch.no_grad()
     def _validation_loss(self, val: ClipDataset) -> float:
         """The mean loss over the clips, with the same masks each time."""

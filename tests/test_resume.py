@@ -1,0 +1,342 @@
+"""Runs that stop, in whatever way, and go on: they end as if they had never stopped."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vmae import AdaptiveTokenizer, TokenizerConfig, checkpoint
+from vmae.pretraining import PretrainRun, pretrain
+from vmae.tokenizer_training import TokenizerRun, train_tokenizer
+from vmae.training import Clips, Optimisation
+
+STEPS = 8
+TIMINGS = {"clips_per_s", "waiting", "decoded_frames_per_s", "memory_gib"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    checkpoint.save(AdaptiveTokenizer(TokenizerConfig.tiny()), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commands(video_folder, tokenizer_dir) -> dict[str, list[str]]:
+    """By name: a run of STEPS steps that has much to remember. Each of its checkpoints is a chance to fail."""
+    steps = ["--steps", str(STEPS), "--save-every", "1", "--batch-size", "2", "--lr", "2e-3"]
+    small = ["--model", "tiny", "--data", str(video_folder), "--size", "32"]
+    gan = ["--gan-after", "0.3", "--aside", "0.4", "--ema", "0.9", "--r1", "1"]
+    augmented = ["--crop", "0.5", "--flip", "--jitter", "0.2", "--val", str(video_folder)]
+    return {
+        "tokenizer": ["tokenizer", *small, *steps, "--frames", "8", *gan],
+        "mae": ["pretrain", *small, *steps, "--frames", "16", "--tokenizer", str(tokenizer_dir), *augmented],
+    }
+
+
+def start(command: list[str], out: Path, *more: str, **options) -> subprocess.Popen:
+    arguments = [sys.executable, "-m", "vmae.cli", *command, "--out", str(out), *more]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(command: list[str], out: Path, *more: str) -> str:
+    """Run to the end; returns what it said on stderr."""
+    process = start(command, out, *more)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def outcome(out: Path) -> tuple[list[dict], dict[str, bytes]]:
+    """All of a run that must be the same: log without timings, model, and state."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+    states = sorted(out.glob("state-*.safetensors"))
+    tensors = {f"state {name}": value for name, value in load_file(states[-1]).items()}
+    tensors |= {f"model {name}": value for name, value in load_file(out / "model.safetensors").items()}
+    return log, {name: value.numpy().tobytes() for name, value in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(commands, tmp_path_factory):
+    """A function from a run's name to its outcome and its seconds, of a process that nothing disturbs."""
+    known = {}
+
+    def get(name: str):
+        if name not in known:
+            out = tmp_path_factory.mktemp("whole") / name
+            begin = time.monotonic()
+            finish(commands[name], out)
+            known[name] = outcome(out), time.monotonic() - begin
+        return known[name]
+
+    return get
+
+
+def killed_and_resumed(name, number, commands, uninterrupted, out) -> None:
+    """Kill a run at moments drawn by `number` until it is done; then it is what it would have been."""
+    expected, seconds = uninterrupted(name)
+    draw = random.Random(number)
+    for _ in range(2):
+        process = start(commands[name], out, "--resume", "--workers", str(number % 2))
+        try:
+            process.communicate(timeout=seconds * draw.uniform(0.3, 1.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+    finish(commands[name], out, "--resume")
+    assert outcome(out) == expected
+
+
+@pytest.mark.parametrize(("name", "number"), [("tokenizer", 0), ("mae", 1)])
+def test_killed_at_any_moment_it_goes_on_bitwise(name, number, commands, uninterrupted, tmp_path):
+    killed_and_resumed(name, number, commands, uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(2, 18))
+@pytest.mark.parametrize("name", ["tokenizer", "mae"])
+def test_killed_at_many_moments_it_goes_on_bitwise(name, number, commands, uninterrupted, tmp_path):
+    killed_and_resumed(name, number, commands, uninterrupted, tmp_path / "run")
+
+
+def wait_for(out: Path, steps: int, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        log = out / "log.jsonl"
+        if log.exists() and log.read_bytes().count(b"\n") >= steps:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    raise AssertionError("the run did not get there")
+
+
+@pytest.mark.parametrize(
+    ("sent", "name", "group"), [(signal.SIGINT, "mae", True), (signal.SIGTERM, "tokenizer", False)]
+)
+def test_stopped_by_a_signal_it_saves_and_goes_on_bitwise(sent, name, group, commands, uninterrupted, tmp_path):
+    expected, _ = uninterrupted(name)
+    # Checkpoints of its own would come only at the end. A terminal sends Ctrl-C to the decoding process as well.
+    rarely = ["--save-every", "1000", "--workers", "1"]
+    process = start(commands[name], tmp_path / "run", *rarely, start_new_session=True)
+    wait_for(tmp_path / "run", 2, process)
+    (os.killpg if group else os.kill)(process.pid, sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    stopped = re.search(r"interrupted: stopped after (\d+) steps; the model is in .*run; --resume goes on", errors)
+    assert stopped, errors
+    assert 2 <= int(stopped[1]) < STEPS
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == int(stopped[1])
+    finish(commands[name], tmp_path / "run", "--resume")
+    log, tensors = outcome(tmp_path / "run")
+    # Figures of checkpoints that it did not make are not in its log; nor had it models to choose from.
+    for mine, theirs in zip(log[: int(stopped[1])], expected[0], strict=False):
+        assert mine.items() <= theirs.items()
+    state = {key: value for key, value in tensors.items() if key.startswith("state ")}
+    assert state == {key: expected[1][key] for key in state}
+
+
+# --- in one process: what a run goes on from, and what it refuses ---------------------------------------------------
+
+
+def mae_run(data: Path, out: Path, tokenizer: Path, **changes) -> PretrainRun:
+    options = Optimisation(steps=4, save_every=1, lr=1e-3, precision="fp32", **changes.pop("optimisation", {}))
+    clips = Clips(frames=8, size=32, workers=0, **changes.pop("clips", {}))
+    return PretrainRun(data, out, tokenizer=tokenizer, model="tiny", clips=clips, optimisation=options, **changes)
+
+
+class Crash(Exception):
+    """What ends a run in the middle."""
+
+
+def crash_at(monkeypatch, step: int) -> None:
+    """End runs in the middle of the checkpoint after so many steps."""
+    original = checkpoint.save_state
+
+    def save_state(tensors, facts, directory, number):
+        if number == step:
+            raise Crash
+        original(tensors, facts, directory, number)
+
+    monkeypatch.setattr(checkpoint, "save_state", save_state)
+
+
+@pytest.fixture
+def halted(moving_square, tokenizer_dir, tmp_path, monkeypatch) -> PretrainRun:
+    """A run of four steps that ended after two."""
+    run = mae_run(moving_square, tmp_path / "run", tokenizer_dir)
+    crash_at(monkeypatch, 3)
+    with pytest.raises(Crash):
+        pretrain(run)
+    monkeypatch.undo()
+    return dataclasses.replace(run, resume=True)
+
+
+@pytest.fixture(scope="module")
+def whole(moving_square, tokenizer_dir, tmp_path_factory):
+    return outcome(pretrain(mae_run(moving_square, tmp_path_factory.mktemp("whole") / "run", tokenizer_dir)))
+
+
+def test_the_log_is_cut_to_the_checkpoint(halted, whole):
+    assert len((halted.out / "log.jsonl").read_text().splitlines()) == 3  # one more than the checkpoint knows of
+    with open(halted.out / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "loss"')  # as a kill leaves it
+    assert outcome(pretrain(halted)) == whole
+
+
+def test_two_checkpoints_are_kept(halted):
+    assert [p.name for p in sorted(halted.out.glob("state-*"))] == [f"state-0000000{i}.safetensors" for i in (1, 2)]
+
+
+def test_without_a_checkpoint_it_begins(moving_square, tokenizer_dir, whole, tmp_path, capsys):
+    run = mae_run(moving_square, tmp_path / "run", tokenizer_dir, resume=True)
+    assert outcome(pretrain(run)) == whole
+    assert "holds no checkpoint; the run begins at its first step" in capsys.readouterr().err
+
+
+def test_a_run_that_is_done_stays_as_it_is(halted, capsys):
+    pretrain(halted)
+    before = {path.name: path.read_bytes() for path in halted.out.iterdir()}
+    pretrain(halted)
+    assert {path.name: path.read_bytes() for path in halted.out.iterdir()} == before
+    assert "all 4 steps are done" in capsys.readouterr().err
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        data = data[: len(data) // 2]
+    elif how == "empty":
+        data = bytearray()
+    elif how == "bit":
+        data[-len(data) // 3] ^= 4
+    elif how == "header":
+        data[9] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "bit", "header"])
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(how, halted, whole, capsys):
+    damage(halted.out / "state-00000002.safetensors", how)
+    pretrain(halted)
+    assert re.search(r"state-00000002\.safetensors: damaged: .*; looking for an earlier one", capsys.readouterr().err)
+    assert outcome(halted.out) == whole
+
+
+def test_with_all_checkpoints_damaged_it_says_so(halted):
+    for path in halted.out.glob("state-*"):
+        damage(path, "bit")
+    with pytest.raises(
+        ValueError, match=r"state-00000002\.safetensors: damaged: .*no earlier one.*--overwrite"
+    ) as caught:
+        pretrain(halted)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimisation": {"seed": 1}}, r"seed: expected 0, as the run in .* began with, got 1"),
+        ({"optimisation": {"batch_size": 2}}, "batch_size: expected 1, .*, got 2"),
+        ({"clips": {"stride": 2}}, "stride: expected 1, .*, got 2"),
+        ({"budget": 0.2}, "budget: expected 0.15, .*, got 0.2"),
+        ({"strategy": "random"}, "strategy: expected 'adaptive', .*, got 'random'"),
+    ],
+    ids=str,
+)
+def test_other_settings_are_refused(changes, words, halted):
+    run = mae_run(halted.data, halted.out, halted.tokenizer, resume=True, **changes)
+    with pytest.raises(ValueError, match=words):
+        pretrain(run)
+    assert len(list(halted.out.glob("state-*"))) == 2
+
+
+def test_other_videos_are_refused(halted, video_folder):
+    with pytest.raises(ValueError, match="expected the videos that the run in .* began with, found others"):
+        pretrain(dataclasses.replace(halted, data=video_folder))
+
+
+def test_where_things_are_may_change(halted, whole, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(halted.out, moved / "run")
+    shutil.copy(halted.data, moved / halted.data.name)
+    clips = dataclasses.replace(halted.clips, workers=1)
+    options = dataclasses.replace(halted.optimisation, save_every=3)
+    run = dataclasses.replace(
+        halted, data=moved / halted.data.name, out=moved / "run", clips=clips, optimisation=options
+    )
+    assert outcome(pretrain(run)) == whole
+
+
+def test_resume_and_overwrite_contradict(halted):
+    with pytest.raises(ValueError, match="resume: expected without --overwrite"):
+        pretrain(dataclasses.replace(halted, overwrite=True))
+
+
+def test_another_tokenizer_is_refused(halted, tmp_path):
+    torch.manual_seed(5)
+    other = tmp_path / "other"
+    checkpoint.save(AdaptiveTokenizer(TokenizerConfig.tiny()), other)
+    with pytest.raises(ValueError, match="tokenizer: expected the one that the run in .* began with"):
+        pretrain(dataclasses.replace(halted, tokenizer=other))
+
+
+def test_the_number_of_threads_is_kept(halted, whole):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert outcome(pretrain(halted)) == whole
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("bytes_", [100, 15_000_000])
+def test_full_disk_leaves_the_last_checkpoint(bytes_, halted, whole):
+    """Nothing can be written, or the model but not the state: that is three times as large."""
+    before = {path.name: path.read_bytes() for path in halted.out.glob("state-*")}
+    command = [
+        *("pretrain", "--data", str(halted.data), "--tokenizer", str(halted.tokenizer), "--model", "tiny"),
+        *("--frames", "8", "--size", "32", "--workers", "0", "--steps", "4", "--save-every", "1", "--lr", "1e-3"),
+        *("--precision", "fp32", "--crop", "1", "--no-flip"),
+    ]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))  # noqa: E731
+    process = start(command, halted.out, "--resume", preexec_fn=limit)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert re.search(r"vmae: error: .*: cannot be written: ", errors.splitlines()[-1]), errors
+    assert "Traceback" not in errors
+    assert {path.name: path.read_bytes() for path in halted.out.glob("state-*")} == before
+    assert not list(halted.out.glob(".*.part"))
+    assert outcome(pretrain(halted)) == whole
+
+
+def test_a_tokenizers_memory_is_complete(video_folder, tmp_path, monkeypatch):
+    """Optimizer, discriminator with its own, averaged weights, counts and choice: at every step to stop at."""
+
+    def run(name: str, **changes) -> TokenizerRun:
+        options = Optimisation(steps=6, save_every=1, lr=2e-3, precision="fp32", batch_size=2)
+        clips = Clips(frames=8, size=32, workers=0)
+        return TokenizerRun(video_folder, tmp_path / name, model="tiny", clips=clips, optimisation=options,
+                            gan_after=0.4, aside=0.4, ema=0.9, **changes)  # fmt: skip
+
+    expected = outcome(train_tokenizer(run("whole")))
+    for step in range(1, 6):
+        crash_at(monkeypatch, step + 1)
+        with pytest.raises(Crash):
+            train_tokenizer(run(f"at {step}"))
+        monkeypatch.undo()
+        assert outcome(train_tokenizer(run(f"at {step}", resume=True))) == expected
