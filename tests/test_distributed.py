@@ -12,20 +12,9 @@ from safetensors.torch import load_file
 from vmae import AdaptiveTokenizer, TokenizerConfig, checkpoint
 
 STEPS = 4
-COMMON = [
-    "--model",
-    "tiny",
-    "--size",
-    "32",
-    "--workers",
-    "0",
-    "--steps",
-    str(STEPS),
-    "--precision",
-    "fp32",
-    "--lr",
-    "1e-3",
-]
+COMMON = ["--model", "tiny", "--size", "32", "--workers", "0", "--precision", "fp32", "--lr", "1e-3"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TIMINGS = {"clips_per_s", "waiting", "decoded_frames_per_s", "memory_gib"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +22,7 @@ def commands(video_folder, tmp_path_factory) -> dict[str, list[str]]:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tokenizer")
     checkpoint.save(AdaptiveTokenizer(TokenizerConfig.tiny()), folder)
-    data = ["--data", str(video_folder), "--batch-size", "4", "--save-every", "2"]
+    data = ["--data", str(video_folder), "--batch-size", "4", "--steps", str(STEPS), "--save-every", "2"]
     gan = ["--gan-after", "0.3", "--aside", "0.4", "--ema", "0.9", "--keep-all", "0.5"]
     mae = ["--tokenizer", str(folder), "--val", str(video_folder), "--crop", "0.5"]
     return {
@@ -43,14 +32,15 @@ def commands(video_folder, tmp_path_factory) -> dict[str, list[str]]:
     }
 
 
-def run(command: list[str], out: Path, *more: str, processes: int = 1) -> str:
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    )
+def start(command: list[str], out: Path, *more: str, processes: int) -> subprocess.CompletedProcess:
+    launcher = TORCHRUN if processes == 2 else []
     arguments = [sys.executable, *launcher, "-m", "vmae.cli", *command, "--out", str(out), *more]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+
+
+def run(command: list[str], out: Path, *more: str, processes: int = 1) -> None:
+    done = start(command, out, *more, processes=processes)
     assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 def log_of(out: Path) -> list[dict]:
@@ -61,14 +51,7 @@ def check_equal(out: Path, expected: Path) -> None:
     """The same but for the order in which gradients are summed."""
     for mine, theirs in zip(log_of(out), log_of(expected), strict=True):
         assert mine.keys() == theirs.keys()
-        for name in theirs.keys() - {
-            "clips_per_s",
-            "waiting",
-            "decoded_frames_per_s",
-            "memory_gib",
-            "entropy",
-            "chosen",
-        }:
+        for name in theirs.keys() - TIMINGS - {"entropy", "chosen"}:
             # Adam divides by a gradient's size, so that where one is near 0 its rounding is amplified.
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3 if mine["step"] else 1e-5), name
     mine, theirs = (load_file(folder / "model.safetensors") for folder in (out, expected))
@@ -122,18 +105,7 @@ def test_a_run_goes_on_with_another_number_of_processes(more, commands, alone, t
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(commands, tmp_path):
-    arguments = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "vmae.cli",
-    ]
-    command = [*arguments, *commands["mae"], "--batch-size", "3", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = start(commands["mae"], tmp_path / "run", "--batch-size", "3", processes=2)
     assert done.returncode == 1
     assert "vmae: error: batch_size: expected a multiple of the 2 processes, got 3" in done.stderr
     assert not (tmp_path / "run" / "log.jsonl").exists()

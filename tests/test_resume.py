@@ -265,7 +265,7 @@ def test_other_settings_are_refused(changes, words, halted):
 
 
 def test_other_videos_are_refused(halted, video_folder):
-    with pytest.raises(ValueError, match="expected the videos that the run in .* began with, found others"):
+    with pytest.raises(ValueError, match=r"expected the videos that the run in .* began with, found others"):
         pretrain(dataclasses.replace(halted, data=video_folder))
 
 
@@ -275,10 +275,8 @@ def test_where_things_are_may_change(halted, whole, tmp_path):
     shutil.copy(halted.data, moved / halted.data.name)
     clips = dataclasses.replace(halted.clips, workers=1)
     options = dataclasses.replace(halted.optimisation, save_every=3)
-    run = dataclasses.replace(
-        halted, data=moved / halted.data.name, out=moved / "run", clips=clips, optimisation=options
-    )
-    assert outcome(pretrain(run)) == whole
+    places = {"data": moved / halted.data.name, "out": moved / "run"}
+    assert outcome(pretrain(dataclasses.replace(halted, **places, clips=clips, optimisation=options))) == whole
 
 
 def test_resume_and_overwrite_contradict(halted):
@@ -290,7 +288,7 @@ def test_another_tokenizer_is_refused(halted, tmp_path):
     torch.manual_seed(5)
     other = tmp_path / "other"
     checkpoint.save(AdaptiveTokenizer(TokenizerConfig.tiny()), other)
-    with pytest.raises(ValueError, match="tokenizer: expected the one that the run in .* began with"):
+    with pytest.raises(ValueError, match=r"tokenizer: expected the one that the run in .* began with"):
         pretrain(dataclasses.replace(halted, tokenizer=other))
 
 

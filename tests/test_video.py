@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import random
+import types
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -609,3 +610,46 @@ def test_small_corruptions(videos, tmp_path, kind):
             if not ok:
                 wrong.append(f"{length} bytes from {start}, {how}: {found}")
     assert not wrong, "\n".join(wrong[:3])
+
+
+# --- torchcodec -------------------------------------------------------------------------------------------------------
+
+
+class FakeDecoder:
+    """What torchcodec gives, of a file that PyAV reads."""
+
+    shift = 0
+
+    def __init__(self, path: str, *, dimension_order: str):
+        assert dimension_order == "NHWC"
+        with av.open(path) as container:
+            frames = sorted(container.decode(video=0), key=lambda frame: frame.pts)
+        self.frames = [(float(frame.time), frame.to_ndarray(format="rgb24")) for frame in frames]
+
+    def get_frames_at(self, indices):
+        chosen = [self.frames[i + (self.shift if i else 0)] for i in indices]
+        times, data = zip(*chosen, strict=True)
+        return types.SimpleNamespace(pts_seconds=torch.tensor(times).double(), data=torch.from_numpy(np.stack(data)))
+
+
+@pytest.mark.parametrize("kind", ["h264.mp4", "h264.mkv", "vp9.webm", "mjpeg.avi"])
+def test_torchcodec_gives_the_same_clips(kind, videos, monkeypatch):
+    how = {"frames": 6, "size": CLIP, "stride": 2, "start": 3}
+    monkeypatch.setattr("vmae.video._torchcodec", lambda: None)
+    expected = load_clip(videos(kind), **how)
+    monkeypatch.setattr("vmae.video._torchcodec", lambda: types.SimpleNamespace(VideoDecoder=FakeDecoder))
+    assert torch.equal(load_clip(videos(kind), **how), expected)
+
+
+def test_frames_that_torchcodec_finds_elsewhere_are_not_taken(videos, monkeypatch):
+    expected = load_clip(videos("h264.mp4"), frames=6, size=CLIP, start=0)
+    decoder = type("Shifted", (FakeDecoder,), {"shift": 1})
+    monkeypatch.setattr("vmae.video._torchcodec", lambda: types.SimpleNamespace(VideoDecoder=decoder))
+    assert torch.equal(load_clip(videos("h264.mp4"), frames=6, size=CLIP, start=0), expected)
+
+
+def test_real_torchcodec_gives_the_same_frames(videos):
+    decoders = pytest.importorskip("torchcodec.decoders")
+    path = videos("h264.mp4")
+    assert numbers_of(load_clip(path, frames=8, size=CLIP, start=5)[0]) == list(range(5, 13))
+    assert decoders.VideoDecoder(str(path)).metadata.num_frames == LENGTH

@@ -16,6 +16,7 @@ from vmae.demo import demo, section
 from vmae.evaluation import table
 from vmae.features import encode_video
 from vmae.mae import VideoMAE
+from vmae.mae_evaluation import evaluated_mae, mae_table
 from vmae.pretraining import PretrainRun, cache, pretrain
 from vmae.probe import ProbeRun, probe
 from vmae.probe import table as table_of_probes
@@ -49,9 +50,25 @@ def tokenizer(
         print(json.dumps(dataclasses.asdict(result), indent=2) if json_ else table(result))
 
 
-def pretrain_(run: tyro.conf.OmitArgPrefixes[PretrainRun]) -> None:
-    """Pretrain a masked autoencoder."""
-    print(f"The model is in {pretrain(run)}")
+def pretrain_(
+    run: tyro.conf.OmitArgPrefixes[PretrainRun],
+    evaluate: Path | None = None,
+    json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+) -> None:
+    """Pretrain a masked autoencoder, or tell what one has learned.
+
+    Args:
+        run: what to train on, and how.
+        evaluate: folder of a model: train nothing, measure it on --val beside guesses, for every strategy's tokens.
+        json_: print the evaluation as json.
+    """
+    if json_ and evaluate is None:
+        raise ValueError("json: expected with --evaluate, which prints it")
+    if evaluate is None:
+        print(f"The model is in {pretrain(run)}")
+    else:
+        result = evaluated_mae(evaluate, run)
+        print(json.dumps(dataclasses.asdict(result), indent=2) if json_ else mae_table(result))
 
 
 def cache_(run: tyro.conf.OmitArgPrefixes[PretrainRun]) -> None:

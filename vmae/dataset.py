@@ -295,7 +295,7 @@ def _guarded(loader: DataLoader) -> Iterator[Batch]:
             if isinstance(batch, Exception):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise OSError("a decoding process was killed, perhaps for memory or shared memory; try --workers 0") from error

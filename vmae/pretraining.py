@@ -184,9 +184,8 @@ class _Pretraining(Task):
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         began, mine = facts["sources"], self.state()[1]["sources"]
         if len(began) != len(mine):  # EVEREST's scores, which only a cache freezes
-            raise ValueError(
-                f"cache: expected {'one' if len(began) > len(mine) else 'none'}, as the run in {self.run.out} began"
-            )
+            expected = "one" if len(began) > len(mine) else "none"
+            raise ValueError(f"cache: expected {expected}, as the run in {self.run.out} began with")
         if began != mine:
             raise ValueError(
                 f"tokenizer: expected the one that the run in {self.run.out} began with, got another in "

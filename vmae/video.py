@@ -1,6 +1,7 @@
 """Clips from video files: frames sampled in time, resized and cropped."""
 
 import functools
+import importlib
 import math
 import random
 from bisect import bisect_right
@@ -12,10 +13,12 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 Start = Literal["center", "random"] | int
+TORCHCODEC_CODECS = frozenset({"av1", "h264", "hevc", "vp8", "vp9"})  # for others PyAV sees more damage
 
 
 class VideoError(ValueError):
@@ -32,6 +35,7 @@ class _Index:
     slack: float  # by how much a time may be rounded
     height: int
     width: int
+    codec: str
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class View:
     """Numbers in the file, in presentation order."""
     times: tuple[float, ...]
     """Seconds from the first frame of the file."""
-    crop: tuple[int, int, int, int] | None
-    """Top, left, height and width, in pixels of the file; None takes the largest square at the centre."""
+    crop: tuple[int, int, int, int]
+    """Top, left, height and width, in pixels of the file."""
     size: int
     flip: bool
 
@@ -131,7 +135,7 @@ def draw_view(
     # Not drawn where it is off, so that what is off changes nothing else.
     speed = (1 + augmentation.jitter) ** draw.uniform(-1, 1) if augmentation.jitter else 1.0
     wanted = _wanted_frames(path, index, frames, fps, stride, start, short, speed, draw)
-    crop = None
+    crop = _central_square(index.height, index.width)
     if augmentation.crop < 1:
         crop = _random_crop(index.height, index.width, augmentation.crop, draw)
     flip = augmentation.flip and draw.random() < 0.5
@@ -148,6 +152,8 @@ def load_view(path: str | Path, view: View) -> Tensor:
         index = _read_index(path)
         if max(view.frames) >= len(index.times):
             raise VideoError(f"{path}: has {len(index.times)} frames, frame {max(view.frames)} is wanted")
+        if (found := _decode_torchcodec(path, index, view)) is not None:
+            return _as_clip(found)
         try:
             clip, missing = _decode(path, index, view, seek=True)
         except av.FFmpegError:  # frames after the seek point may refer to frames before it
@@ -158,7 +164,11 @@ def load_view(path: str | Path, view: View) -> Tensor:
         raise VideoError(
             f"{path}: truncated or damaged: {missing} of the {len(set(view.frames))} frames wanted cannot be decoded"
         )
-    return torch.from_numpy(clip).permute(3, 0, 1, 2)[None]
+    return _as_clip(clip)
+
+
+def _as_clip(frames: np.ndarray) -> Tensor:
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None]
 
 
 @contextmanager
@@ -251,7 +261,7 @@ def _packets(path: Path, size: int, changed: int) -> _Index:
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         promised, rate, tick = stream.frames, stream.average_rate, stream.time_base
         timed = container.format.name != "avi"  # stores none; FFmpeg's are in decoding order
-        picture = stream.codec_context.height, stream.codec_context.width
+        picture = stream.codec_context.height, stream.codec_context.width, stream.codec_context.name
     if not packets:
         raise VideoError(f"{path}: has no video frames")
     if len(packets) < promised:
@@ -346,6 +356,11 @@ def _wanted_frames(
     return [max(bisect_right(index.times, moment + index.slack) - 1, 0) for moment in moments]
 
 
+def _central_square(height: int, width: int) -> tuple[int, int, int, int]:
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
 def _random_crop(height: int, width: int, least: float, draw: random.Random) -> tuple[int, int, int, int]:
     """Top, left, height and width of a part with this share of a picture's area or more, as far as its shape allows."""
     area, aspect = height * width * draw.uniform(least, 1), (4 / 3) ** draw.uniform(-1, 1)
@@ -355,12 +370,15 @@ def _random_crop(height: int, width: int, least: float, draw: random.Random) -> 
 
 def _decode(path: Path, index: _Index, view: View, *, seek: bool) -> tuple[np.ndarray, int]:
     """The view's frames [T, size, size, 3] uint8, and how many of them were not found."""
+    from av.video.reformatter import VideoReformatter
+
     places: dict[int, list[int]] = {}
     for place, number in enumerate(view.frames):
         places.setdefault(number, []).append(place)
     number_of = {tick: i for i, tick in enumerate(index.ticks)} if index.ticks else None
     clip = np.empty((len(view.frames), view.size, view.size, 3), dtype=np.uint8)
     container, stream = _open(path)
+    rgb = VideoReformatter()  # one for all frames: to set it up takes longer than to convert a frame
     decoded = 0
     with container, _log_counts(path, stream.codec_context.name == "ffv1"):
         if seek and index.ticks and min(places) > 0:
@@ -369,7 +387,7 @@ def _decode(path: Path, index: _Index, view: View, *, seek: bool) -> tuple[np.nd
             number = number_of.get(frame.pts, -1) if number_of else decoded
             decoded += 1
             if not frame.is_corrupt and number in places:
-                clip[places.pop(number)] = _picture(frame, view)
+                clip[places.pop(number)] = _picture(rgb.reformat(frame, format="rgb24").to_ndarray(), view)
             if number_of and not places:
                 break
     if number_of is None and decoded != len(index.times):  # which ones are missing, nobody knows
@@ -377,17 +395,41 @@ def _decode(path: Path, index: _Index, view: View, *, seek: bool) -> tuple[np.nd
     return clip, len(places)
 
 
-def _picture(frame: Any, view: View) -> np.ndarray:
-    """The part of a frame that a view shows, [size, size, 3]: the frame is resized such that this part fits."""
-    size = view.size
-    if view.crop is None:
-        scale = size / min(frame.width, frame.height)
-        width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
-        top, left = (height - size) // 2, (width - size) // 2
-    else:
-        y, x, h, w = view.crop
-        width, height = max(size, round(frame.width * size / w)), max(size, round(frame.height * size / h))
-        top, left = min(round(y * size / h), height - size), min(round(x * size / w), width - size)
-    resized = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
-    part = resized[top : top + size, left : left + size]
-    return part[:, ::-1] if view.flip else part
+def _decode_torchcodec(path: Path, index: _Index, view: View) -> np.ndarray | None:
+    """The view's frames by torchcodec; None where it is not installed, or does not find them where the packets say."""
+    codec = _torchcodec()
+    if codec is None or index.ticks is None or index.codec not in TORCHCODEC_CODECS:
+        return None
+    wanted = sorted(set(view.frames))
+    try:
+        found = codec.VideoDecoder(str(path), dimension_order="NHWC").get_frames_at(wanted)
+    except (RuntimeError, ValueError, IndexError):  # PyAV names what is wrong, or gets by with it
+        return None
+    times = found.pts_seconds - (found.pts_seconds[0] - index.times[wanted[0]])
+    if len(times) != len(wanted) or not torch.allclose(times, torch.tensor([index.times[i] for i in wanted]).to(times)):
+        return None
+    pictures = [_picture(frame.numpy(), view) for frame in found.data]
+    place = {number: i for i, number in enumerate(wanted)}
+    return np.ascontiguousarray(np.stack([pictures[place[number]] for number in view.frames]))
+
+
+@functools.cache
+def _torchcodec() -> Any:
+    try:
+        return importlib.import_module("torchcodec.decoders")
+    except (ImportError, OSError, RuntimeError):  # or it is there without FFmpeg's libraries
+        return None
+
+
+def _picture(frame: np.ndarray, view: View) -> np.ndarray:
+    """The part of a frame [H, W, 3] that a view shows, [size, size, 3]."""
+    top, left, height, width = view.crop
+    part = frame[top : top + height, left : left + width]
+    if view.flip:
+        part = part[:, ::-1].copy()
+    if part.shape[:2] == (view.size, view.size):
+        return part
+    # Faster than FFmpeg's, and the same kernel whatever the frame's size: it is widened where pixels get fewer.
+    pixels = torch.from_numpy(part).permute(2, 0, 1)[None]
+    resized = F.interpolate(pixels, (view.size, view.size), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()

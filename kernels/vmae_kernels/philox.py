@@ -41,7 +41,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 def random_words(
     rows: int, n: int, *, seed: int, block: int, stream: int, device: torch.device, row: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words per element of [rows, n], keyed by (element, row, block, stream) and `seed`; the first row is `row`."""
+    """Four words per element of [rows, n], keyed by (element, row, block, stream) and `seed`; rows count from `row`."""
     element = torch.arange(n, device=device)[None, :]
     number = torch.arange(row, row + rows, device=device)[:, None]
     element, number = torch.broadcast_tensors(element, number)
