@@ -415,6 +415,18 @@ def test_no_usable_video(tmp_path, workers):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_program_that_leaves_its_workers_ends(folder):
+    code = (
+        "import sys; from vmae import ClipDataset, batches; "
+        f"clips = batches(ClipDataset(sys.argv[1], frames=2, size={CLIP}), 1, workers=2); print(next(clips).labels)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "tensor([-1])\n"
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("start", ["center", 5])
 def test_fixed_starts_in_batches(folder, start):
     dataset = ClipDataset(folder / "train.csv", frames=4, size=CLIP, start=start)

@@ -268,6 +268,17 @@ def test_fill_stores_what_the_source_says(folder, tmp_path):
             assert torch.equal(said, expected[0])
 
 
+def test_fill_decodes_nothing_that_is_stored(folder, tmp_path, monkeypatch):
+    dataset, source = clips_of(folder), counting(Counter())
+    Targets(source, None, cache=Cache(tmp_path)).fill(dataset, views=1, workers=0)
+    decoded = []
+    monkeypatch.setattr("vmae.targets.load_view", lambda *view: decoded.append(view) or load_view(*view))
+    for expected in (VIDEOS, 0):
+        decoded.clear()
+        assert Targets(source, None, cache=Cache(tmp_path)).fill(dataset, views=2, workers=0) == expected
+        assert len(decoded) == expected
+
+
 def test_fill_asks_only_the_source_that_lacks_something(folder, tmp_path):
     count: Counter[str] = Counter()
     dataset, one, two = clips_of(folder), counting(count, "one"), counting(count, "two")
@@ -363,13 +374,14 @@ def test_what_is_no_video_is_reported_and_left_out(spoilt, tmp_path, workers, ca
     assert asked.fill(dataset, views=2, workers=workers) == 0
 
 
-def test_copies_of_a_video_share_their_entries(folder, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copies_of_a_video_share_their_entries(folder, tmp_path, workers):
     for name in ("a.mp4", "b.mp4", "c.mp4"):
         (tmp_path / "clips").mkdir(exist_ok=True)
         shutil.copy(folder / "0.mp4", tmp_path / "clips" / name)
     dataset = clips_of(tmp_path / "clips", start="center", augmentation=Augmentation(), views=0)
     asked = Targets(counting(Counter()), None, cache=Cache(tmp_path / "cache"))
-    assert asked.fill(dataset, views=1, workers=0) == 1
+    assert asked.fill(dataset, views=1, workers=workers) == 1
     assert next(batches(dataset, 3, extras=asked.extras)).extras[0].unique().numel() == 1
     for name in ("a.mp4", "b.mp4", "c.mp4"):
         (tmp_path / "clips" / name).rename(tmp_path / "clips" / f"renamed {name}")

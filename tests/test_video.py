@@ -31,6 +31,13 @@ from numbered_videos import (
 from vmae.dataset import ClipDataset, read_entries
 from vmae.video import VideoError, load_clip
 
+
+@pytest.fixture(autouse=True)
+def pyav(monkeypatch):
+    """Decode with PyAV, which reports damage; torchcodec, where it is installed, conceals some."""
+    monkeypatch.setattr("vmae.video._torchcodec", lambda: None)
+
+
 # --- what a clip is -----------------------------------------------------------------------------------------------
 
 
@@ -635,7 +642,6 @@ class FakeDecoder:
 @pytest.mark.parametrize("kind", ["h264.mp4", "h264.mkv", "vp9.webm", "mjpeg.avi"])
 def test_torchcodec_gives_the_same_clips(kind, videos, monkeypatch):
     how = {"frames": 6, "size": CLIP, "stride": 2, "start": 3}
-    monkeypatch.setattr("vmae.video._torchcodec", lambda: None)
     expected = load_clip(videos(kind), **how)
     monkeypatch.setattr("vmae.video._torchcodec", lambda: types.SimpleNamespace(VideoDecoder=FakeDecoder))
     assert torch.equal(load_clip(videos(kind), **how), expected)
@@ -648,7 +654,8 @@ def test_frames_that_torchcodec_finds_elsewhere_are_not_taken(videos, monkeypatc
     assert torch.equal(load_clip(videos("h264.mp4"), frames=6, size=CLIP, start=0), expected)
 
 
-def test_real_torchcodec_gives_the_same_frames(videos):
+def test_real_torchcodec_gives_the_same_frames(videos, monkeypatch):
+    monkeypatch.undo()
     decoders = pytest.importorskip("torchcodec.decoders")
     path = videos("h264.mp4")
     assert numbers_of(load_clip(path, frames=8, size=CLIP, start=5)[0]) == list(range(5, 13))

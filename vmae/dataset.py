@@ -4,8 +4,8 @@ import copy
 import csv
 import functools
 import itertools
+import os
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -246,9 +246,7 @@ def _collate(items: list[_Item | Exception]) -> Batch | Exception:
 def quiet_worker(_: int) -> None:
     """What a decoding process does first."""
     torch.set_num_threads(1)  # the workers are the parallelism
-    # What stops a run is sent to its whole group of processes; the loader ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.setsid()  # Ctrl-C, and what else is sent to a run's whole group of processes, is for the run alone
 
 
 def batches(

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,6 +58,8 @@ class PretrainRun:
     """Random views of each video, which come again in turn; 0 draws new ones in every epoch, and cannot be cached."""
     checkpointing: bool = False
     """Keep no activations inside the blocks: less memory, more time."""
+    compile: bool = False
+    """Compile the blocks, which takes a minute at first; needs a C++ compiler, or Triton on a GPU."""
     clips: Clips = field(default_factory=lambda: Clips(augmentation=Augmentation(crop=0.5, flip=True)))
     optimisation: Optimisation = field(default_factory=Optimisation)
     overwrite: bool = False
@@ -129,7 +133,17 @@ def _model(run: PretrainRun) -> VideoMAE:
         mine, theirs = model.state_dict(), start.state_dict()
         model.load_state_dict({k: theirs[k] if theirs[k].shape == v.shape else v for k, v in mine.items()})
     model.checkpointing = run.checkpointing
+    if run.compile:
+        _check_compiler(device_of(run.optimisation.device))
+        for block in (*model.blocks, *model.decoder_blocks):
+            block.compile()
     return model
+
+
+def _check_compiler(device: torch.device) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise ValueError(f"compile: expected a C++ compiler, found no {compiler}; set CXX, or leave --compile out")
 
 
 def _targets(run: PretrainRun, model: VideoMAE, device: torch.device) -> Targets:

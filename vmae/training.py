@@ -3,8 +3,6 @@
 import contextlib
 import json
 import math
-import os
-import shutil
 import signal
 import sys
 import time
@@ -78,8 +76,6 @@ class Optimisation:
     clip_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    compile: bool = False
-    """Compile the model: takes a minute at first; needs a C++ compiler, or Triton on a GPU."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes (torchrun) share the work: each with the whole model, or with a part of it."""
     save_every: int = 500
@@ -225,9 +221,6 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
     if first == options.steps:
         distributed.say(f"{out}: all {first} steps are done")
         return out
-    if options.compile:
-        _check_compiler(device)
-        model.compile()
     clips = batches(
         dataset, options.batch_size, workers=run.clips.workers, seed=options.seed, start=first * options.accumulate,
         part=(rank, processes), extras=extras,
@@ -348,12 +341,6 @@ def _warm_up() -> None:
     y.backward()
     optimizer = torch.optim.AdamW([x], lr=1e-3, fused=True)
     optimizer.step()
-
-
-def _check_compiler(device: torch.device) -> None:
-    compiler = os.environ.get("CXX") or ("g++" if shutil.which("g++") else "clang++")
-    if device.type == "cpu" and not shutil.which(compiler):
-        raise ValueError(f"compile: expected a C++ compiler, found no {compiler}; set CXX, or leave --compile out")
 
 
 def adamw(model: nn.Module, options: Optimisation) -> torch.optim.AdamW:
