@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from vmae import VideoMAE, VideoMAEConfig, checkpoint, cli, demo
+from vmae import AdaptiveTokenizer, VideoMAE, VideoMAEConfig, checkpoint, cli, demo
 from vmae.report import read_losses
 
 SMALL = ["--frames", "16", "--size", "32", "--workers", "0"]
+TINY = [*SMALL, "--model", "tiny", "--steps", "2"]
 
 
 def run(monkeypatch, *arguments) -> None:
@@ -37,7 +38,7 @@ def trained(tmp_path_factory, moving_square) -> Path:
     """A folder with a tokenizer and a mae, made by the commands."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        common = ["--data", moving_square, "--model", "tiny", *SMALL, "--steps", "2"]
+        common = ["--data", moving_square, *TINY]
         run(patch, "tokenizer", *common, "--out", folder / "tokenizer")
         run(patch, "pretrain", *common, "--out", folder / "mae", "--tokenizer", folder / "tokenizer")
     return folder
@@ -137,6 +138,79 @@ def test_demo_does_the_whole_job(moving_square, tmp_path, monkeypatch, capsys):
     assert "page.html" in capsys.readouterr().out
 
 
+def test_pretraining_takes_what_the_cache_command_stored(trained, moving_square, tmp_path, monkeypatch, capsys):
+    data = ["--data", moving_square, "--val", moving_square, "--tokenizer", trained / "tokenizer", *TINY]
+    stored = ["--cache", tmp_path / "cache", "--views", "3"]
+    run(monkeypatch, "cache", *data, *stored)
+    assert "holds all views; 4 were missing" in capsys.readouterr().out
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    run(monkeypatch, "cache", *data, *stored)
+    assert "0 were missing" in capsys.readouterr().out
+    monkeypatch.setattr(AdaptiveTokenizer, "encode", None)  # there is no need of it any more
+    run(monkeypatch, "pretrain", *data, *stored, "--out", tmp_path / "run")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == shards
+    monkeypatch.undo()
+    run(monkeypatch, "pretrain", *data, "--views", "3", "--out", tmp_path / "other")
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("run", "other")]
+    first, second = ([{k: json.loads(line).get(k) for k in ("loss", "val_loss")} for line in log] for log in logs)
+    assert first == second
+    assert first[-1]["val_loss"] > 0
+
+
+def test_evaluation_of_a_model(trained, moving_square, monkeypatch, capsys):
+    data = ["--data", moving_square, "--val", moving_square, "--tokenizer", trained / "tokenizer", *TINY]
+    run(monkeypatch, "pretrain", *data, "--evaluate", trained / "mae")
+    assert "trained with adaptive; 1 clips of" in capsys.readouterr().out
+    run(monkeypatch, "pretrain", *data, "--evaluate", trained / "mae", "--json")
+    assert json.loads(capsys.readouterr().out)["strategies"]["running_cell"]["loss"] > 0
+
+
+def test_conversion_there_and_back(trained, tmp_path, monkeypatch):
+    pixels = VideoMAE(VideoMAEConfig.tiny(frames=16, size=32, target="pixels", strategy="none", random=0.0))
+    checkpoint.save(pixels, tmp_path / "mine")
+    run(monkeypatch, "convert", tmp_path / "mine", tmp_path / "theirs", "--to", "huggingface")
+    run(monkeypatch, "convert", tmp_path / "theirs", tmp_path / "again", "--frames", "128")
+    again = checkpoint.load(VideoMAE, tmp_path / "again")
+    assert (again.config.frames, again.config.size) == (128, 32)
+    assert all(torch.equal(value, pixels.state_dict()[name]) for name, value in again.state_dict().items())
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "convert", tmp_path / "theirs", tmp_path / "again")
+
+
+def test_pretraining_begins_with_given_weights(trained, moving_square, tmp_path, monkeypatch):
+    start = VideoMAE(VideoMAEConfig.tiny(frames=16, size=32, width=96, target="pixels", strategy="none", random=0.0))
+    checkpoint.save(start, tmp_path / "start")
+    data = ["--data", moving_square, "--tokenizer", trained / "tokenizer", *SMALL, "--steps", "1", "--lr", "1e-9"]
+    run(monkeypatch, "pretrain", *data, "--init", tmp_path / "start", "--out", tmp_path / "run")
+    model = checkpoint.load(VideoMAE, tmp_path / "run")
+    assert (model.config.width, model.config.target, model.head.out_features) == (96, "latent", 6)
+    assert torch.allclose(model.patch_embed.weight, start.patch_embed.weight, atol=1e-6)
+    assert torch.allclose(model.decoder_blocks[0].attn.qkv.weight, start.decoder_blocks[0].attn.qkv.weight, atol=1e-6)
+
+
+def test_compiling_needs_a_compiler(trained, moving_square, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    arguments = ["--data", moving_square, "--tokenizer", trained / "tokenizer", *TINY, "--out", tmp_path / "run"]
+    error = refused(monkeypatch, capsys, "pretrain", *arguments, "--compile", "--device", "cpu")
+    assert "compile: expected a C++ compiler, found no no-such-compiler" in error
+
+
+def test_probe_prints_its_table(trained, moving_square, video_folder, tmp_path, monkeypatch, capsys):
+    for name, folder in (("train", 0), ("val", 1)):
+        lines = []
+        for label in (0, 1):
+            for i in range(3 if name == "train" else 1):
+                copy = tmp_path / f"{name}{label}{i}.mp4"
+                copy.write_bytes((moving_square if label else video_folder / "b.mp4").read_bytes())
+                lines.append(f"{copy.name} {label}")
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    data = ["--train", tmp_path / "train.txt", "--val", tmp_path / "val.txt", "--frames", "4", "--seeds", "2"]
+    run(monkeypatch, "probe", "--model", trained / "mae", *data, "--workers", "0", "--out", tmp_path / "probe.json")
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("pretrained", "random", "pixels", "linear", "attentive", "±"))
+    assert len(json.loads((tmp_path / "probe.json").read_text())["scores"]) == 9
+
+
 def test_demo_leaves_other_folders_alone(moving_square, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "demo_clips", lambda: {"bigbuckbunny": moving_square})
     (tmp_path / "thesis.txt").write_text("precious")
@@ -188,6 +262,25 @@ def test_wrong_input_ends_with_one_line(trained, moving_square, tmp_path, monkey
         ("mask_ratio: expected at least one of 4 places to stay visible", [*pretrain, "--mask-ratio", "1"]),
         ("budget: expected 1 to 24 of 32 tokens", [*pretrain, "--budget", "0", "--random", "0"]),
         ("tokenizer: expected a tokenizer's folder", ["pretrain", "--data", moving_square, "--out", out, *SMALL]),
+        ("views: expected at least 1 with --cache", [*pretrain, "--cache", out]),
+        ("views: expected at least 0, got -1", [*pretrain, "--views", "-1"]),
+        ("cache: expected a folder, got none", ["cache", *pretrain[1:]]),
+        ("cache: expected something to store, target pixels and uniform need nothing",
+         ["cache", *pretrain[1:], "--views", "1", "--cache", out, "--target", "pixels", "--strategy", "uniform"]),
+        ("text.mp4: expected a folder for the cache, found a file", [*pretrain, "--views", "1", "--cache", text]),
+        ("crop: expected a number above 0, up to 1, got 0.0", [*pretrain, "--crop", "0"]),
+        ("jitter: expected a number from 0 to below 4, got 9.0", [*pretrain, "--jitter", "9"]),
+        ("resume: expected without --overwrite", [*pretrain, "--resume", "--overwrite"]),
+        ("window", [*pretrain, "--window", "5"]),
+        ("expected a saved VideoMAE with config.json", [*pretrain, "--init", tmp_path]),
+        ("val: expected videos to evaluate on, got none", [*pretrain, "--evaluate", mae]),
+        ("json: expected with --evaluate", [*pretrain, "--json"]),
+        ("parallel: expected ddp for a tokenizer, got fsdp", [*train, "--parallel", "fsdp"]),
+        ("expected config.json, found no such file", ["convert", tmp_path, out]),
+        ("is no readable VideoMAE of Hugging Face's", ["convert", mae, out]),
+        ("frames, size: expected with --to vmae alone", ["convert", mae, out, "--to", "huggingface", "--size", "32"]),
+        ("frames: expected different numbers of frames",
+         ["probe", "--model", mae, "--train", text, "--val", text, "--frames", "8", "8"]),
     ]  # fmt: skip
     for words, arguments in cases:
         assert words in refused(monkeypatch, capsys, *arguments)
@@ -219,7 +312,7 @@ def test_a_link_is_written_through(tmp_path):
 def test_the_installed_command_answers():
     command = Path(sys.executable).parent / "vmae"
     answer = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
-    for name in ("doctor", "demo", "tokenizer", "pretrain", "encode", "show"):
+    for name in cli.COMMANDS:
         assert name in answer
 
 

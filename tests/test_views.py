@@ -601,6 +601,17 @@ def test_a_negative_frame_is_refused(videos, kind):
     check_refusal(caught.value, videos(kind))
 
 
+@pytest.mark.parametrize("box", [(40, 40, 20, 20), (20, 20, 40, 40), (0, 0, 64, 64)])
+def test_a_box_beyond_the_picture_is_refused(tmp_path, box):
+    """The file has changed since the view was drawn."""
+    path = write_images(tmp_path / "a.mp4", [picture(64, 64)] * 2)
+    load_view(path, whole((0,), crop=box))
+    write_images(path, [picture(32, 32)] * 2)
+    with pytest.raises(VideoError) as caught:
+        load_view(path, whole((0,), crop=box))
+    check_refusal(caught.value, path)
+
+
 def test_a_view_of_a_missing_file_is_refused(tmp_path):
     path = tmp_path / "no such.mp4"
     for call in (lambda: draw_view(path, frames=2, size=CLIP), lambda: load_view(path, whole((0,)))):

@@ -42,7 +42,7 @@ class PretrainRun:
     """Videos for a validation loss at every checkpoint, on the middle of each."""
     model: Literal["tiny", "small", "base", "large"] = "base"
     init: Path | None = None
-    """Folder of a model whose weights to begin with, where they fit; `vmae convert` makes one of VideoMAE's."""
+    """Folder of a model to begin with, in place of --model: its sizes, and its weights where they fit."""
     strategy: Strategy = "adaptive"
     """Which hidden tokens the decoder reconstructs."""
     target: Literal["latent", "pixels"] = "latent"

@@ -44,6 +44,7 @@ def tokenizer_source(
 ) -> Source:
     """Codes int32 and scores float32 of a frozen tokenizer, computed under a context such as autocast."""
     device = next(tokenizer.parameters()).device
+    tokenizer.stream(window=window)  # refuses a window that it cannot have
 
     @torch.no_grad()
     def compute(clip: Tensor) -> tuple[Tensor, ...]:
