@@ -196,7 +196,7 @@ def test_compiling_needs_a_compiler(trained, moving_square, tmp_path, monkeypatc
 
 
 def test_probe_prints_its_table(trained, moving_square, video_folder, tmp_path, monkeypatch, capsys):
-    for name, folder in (("train", 0), ("val", 1)):
+    for name in ("train", "val"):
         lines = []
         for label in (0, 1):
             for i in range(3 if name == "train" else 1):

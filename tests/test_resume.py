@@ -201,6 +201,14 @@ def test_two_checkpoints_are_kept(halted):
     assert [p.name for p in sorted(halted.out.glob("state-*"))] == [f"state-0000000{i}.safetensors" for i in (1, 2)]
 
 
+def test_what_a_kill_left_half_written_goes(halted):
+    left = [halted.out / f".{name}.abc.part" for name in ("state-00000003.safetensors", "model.safetensors")]
+    for path in left:
+        path.write_bytes(b"half")
+    pretrain(halted)
+    assert not any(path.exists() for path in left)
+
+
 def test_without_a_checkpoint_it_begins(moving_square, tokenizer_dir, whole, tmp_path, capsys):
     run = mae_run(moving_square, tmp_path / "run", tokenizer_dir, resume=True)
     assert outcome(pretrain(run)) == whole

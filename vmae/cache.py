@@ -59,6 +59,10 @@ class Cache:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise CacheError(f"{self.folder}: expected a folder for the cache, found a file")
+        try:
+            checkpoint.check_writable(self.folder / "shard")
+        except ValueError as error:
+            raise CacheError(str(error)) from error
         self._places: dict[str, tuple[Path, int, list[int]]] = {}  # key -> shard, number of tensors, their checksums
         self._known: set[str] = set()
         self._new: dict[str, tuple[Tensor, ...]] = {}
@@ -97,13 +101,13 @@ class Cache:
             CacheError: its shard is damaged or gone.
         """
         if key in self._new:
-            return self._new[key]
+            return tuple(tensor.clone() for tensor in self._new[key])
         path, count, checksums = self._places[key]
         from safetensors import SafetensorError
 
         try:
             shard = self._opened(path)
-            tensors = tuple(shard.get_tensor(f"{key}.{i}") for i in range(count))
+            tensors = tuple(shard.get_tensor(f"{key}.{i}").clone() for i in range(count))  # not the file's own memory
         except (OSError, SafetensorError) as error:
             raise CacheError(f"{path}: damaged or gone ({error}); remove it, and fill the cache again") from error
         if [_checksum(tensor) for tensor in tensors] != checksums:
@@ -112,7 +116,7 @@ class Cache:
 
     def add(self, key: str, tensors: Sequence[Tensor]) -> None:
         """Collect an entry; it is stored by the next `flush`."""
-        self._new[key] = tuple(tensor.detach().cpu().contiguous() for tensor in tensors)
+        self._new[key] = tuple(tensor.detach().cpu().contiguous().clone() for tensor in tensors)
 
     @property
     def unwritten(self) -> int:
@@ -129,10 +133,10 @@ class Cache:
         if not self._new:
             return
         tensors = {f"{key}.{i}": tensor for key, entry in self._new.items() for i, tensor in enumerate(entry)}
-        sums = {key: [_checksum(tensor) for tensor in entry] for key, entry in self._new.items()}
-        name = f"{uuid.uuid4().hex}.safetensors"
-        with checkpoint.replacing(self.folder / name) as temporary:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "entries": json.dumps(sums)})
+        entries = json.dumps({key: [_checksum(tensor) for tensor in entry] for key, entry in self._new.items()})
+        metadata = {"format": FORMAT, "entries": entries, "checksum": str(zlib.crc32(entries.encode()))}
+        with checkpoint.replacing(self.folder / f"{uuid.uuid4().hex}.safetensors") as temporary:
+            save_file(tensors, temporary, metadata=metadata)
         self._new = {}
         self.refresh()
 
@@ -154,8 +158,12 @@ def _contents(path: Path) -> dict[str, list[int]]:
         raise CacheError(f"{path}: damaged ({error}); remove it, and fill the cache again") from error
     if metadata.get("format") != FORMAT:
         raise CacheError(f"{path}: expected a shard of a cache ({FORMAT!r}), found {metadata.get('format')!r}")
-    return json.loads(metadata["entries"])
+    entries = metadata.get("entries", "")
+    if str(zlib.crc32(entries.encode())) != metadata.get("checksum"):
+        raise CacheError(f"{path}: damaged: its header is not what was written; remove it, and fill the cache again")
+    return json.loads(entries)
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(checkpoint.bytes_of(tensor))
+    about = f"{tensor.dtype} {list(tensor.shape)} "
+    return zlib.crc32(checkpoint.bytes_of(tensor), zlib.crc32(about.encode()))

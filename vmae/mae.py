@@ -272,8 +272,9 @@ def everest_scores(clip: Tensor, embedding: nn.Linear) -> Tensor:
     t, h, w = check_video(clip)
     every = torch.arange(t * h * w, device=clip.device).expand(len(clip), -1)
     with torch.autocast(clip.device.type, enabled=False):
-        patches = tubelets(clip, every, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=embedding.weight.dtype)
-        features = rearrange(embedding(patches), "b (t h w) d -> b d t h w", t=t, h=h)
+        patches = tubelets(clip, every, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.float32)
+        # Without the bias: it would cancel in the distance of two features.
+        features = rearrange(F.linear(patches, embedding.weight.float()), "b (t h w) d -> b d t h w", t=t, h=h)
     return token_scores(features)
 
 

@@ -95,7 +95,7 @@ class TokenizerConfig:
 
 
 def latents_of(codes: Tensor, levels: tuple[int, ...]) -> Tensor:
-    """The quantized latents float32 [..., L] that codes stand for, bitwise those of `AdaptiveTokenizer.encode`."""
+    """The quantized latents float32 [..., L] that codes stand for, equal to those of `AdaptiveTokenizer.encode`."""
     digits, rest = [], codes
     for level in levels:
         digits.append(rest % level - level // 2)

@@ -228,8 +228,7 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
     # Its first batch is there before anything is written, so that videos that cannot be used show.
     loader = Loader(clips, device, workers=run.clips.workers)
     if rank == 0:
-        if not first:
-            _clear(out)
+        _clear(out, first)
         checkpoint.write_text(out / RUN, json.dumps(asdict(run), indent=2, default=str) + "\n")
     failures = 0
     with _Log(out / LOG, size) as log, _progress(options.steps, first, out.name) as bar, _Signals() as signals:
@@ -380,10 +379,13 @@ def _progress(steps: int, done: int, name: str) -> Any:
     return contextlib.closing(bar)
 
 
-def _clear(out: Path) -> None:
-    """Remove an earlier run, so that its weights never stand beside this one's configuration."""
-    checkpoint.clear_states(out)
-    for name in (checkpoint.WEIGHTS, checkpoint.CONFIG, LOG, RUN):
-        (out / name).unlink(missing_ok=True)
-        for left in out.glob(f".{name}.*.part"):  # by a run that was killed while it wrote
-            left.unlink()
+def _clear(out: Path, first: int) -> None:
+    """Remove what a kill left half written, and before the first step an earlier run: its weights never stand beside
+    this one's configuration."""
+    names = (checkpoint.WEIGHTS, checkpoint.CONFIG, LOG, RUN)
+    for left in (path for name in (*names, "state-*") for path in out.glob(f".{name}.*.part")):
+        left.unlink()
+    if not first:
+        checkpoint.clear_states(out)
+        for name in names:
+            (out / name).unlink(missing_ok=True)

@@ -152,6 +152,9 @@ def load_view(path: str | Path, view: View) -> Tensor:
         index = _read_index(path)
         if max(view.frames) >= len(index.times):
             raise VideoError(f"{path}: has {len(index.times)} frames, frame {max(view.frames)} is wanted")
+        top, left, height, width = view.crop
+        if top + height > index.height or left + width > index.width:
+            raise VideoError(f"{path}: has pictures of {index.height} x {index.width}, of which {view.crop} is wanted")
         if (found := _decode_torchcodec(path, index, view)) is not None:
             return _as_clip(found)
         try:
@@ -362,9 +365,12 @@ def _central_square(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def _random_crop(height: int, width: int, least: float, draw: random.Random) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a part with this share of a picture's area or more, as far as its shape allows."""
-    area, aspect = height * width * draw.uniform(least, 1), (4 / 3) ** draw.uniform(-1, 1)
-    h, w = (min(max(round(math.sqrt(a)), 1), side) for a, side in ((area / aspect, height), (area * aspect, width)))
+    """Top, left, height and width of a part, 3:4 to 4:3, of this share of a picture's area, or what that allows."""
+    most = min(1.0, 4 / 3 * height / width, 4 / 3 * width / height)
+    area = height * width * min(draw.uniform(least, 1), most)
+    narrowest, widest = max(3 / 4, area / height**2), min(4 / 3, width**2 / area)
+    aspect = narrowest * (widest / narrowest) ** draw.random()
+    h, w = max(round(math.sqrt(area / aspect)), 1), max(round(math.sqrt(area * aspect)), 1)
     return draw.randint(0, height - h), draw.randint(0, width - w), h, w
 
 

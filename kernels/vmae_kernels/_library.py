@@ -53,6 +53,14 @@ def register_composite(schema: str, implementation: Callable[..., Any]) -> None:
     _library.impl(name, _checked(name, implementation), "CompositeImplicitAutograd")
 
 
+def register_factory(schema: str, implementation: Callable[..., Any], *, fake: Callable[..., Any]) -> None:
+    """Define an opaque operation without tensors among its arguments: it makes some, on the device that it is given."""
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
 def _checked(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         require_implementation(name)

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from ._library import register_factory
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -38,14 +40,37 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return a, b, c, d
 
 
+def _random_words(
+    rows: int, n: int, key0: int, key1: int, block: int, stream: int, row: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    element = torch.arange(n, device=device)[None, :]
+    number = torch.arange(row, row + rows, device=device)[:, None]
+    element, number = torch.broadcast_tensors(element, number)
+    counter = (element, number, torch.full_like(number, block), torch.full_like(number, stream))
+    return philox(counter, key0 | key1 << 32)
+
+
+def _fake_words(
+    rows: int, n: int, key0: int, key1: int, block: int, stream: int, row: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(rows, n, dtype=torch.int64, device=device) for _ in range(4))
+
+
+# Opaque, because compilers make wrong code of it: for a seed that is a variable Inductor has taken words for floats.
+register_factory(
+    "random_words(SymInt rows, SymInt n, SymInt key0, SymInt key1, int block, int stream, SymInt row, Device device)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _random_words,
+    fake=_fake_words,
+)
+
+
 def random_words(
     rows: int, n: int, *, seed: int, block: int, stream: int, device: torch.device, row: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words per element of [rows, n], keyed by (element, row, block, stream) and `seed`; rows count from `row`."""
-    element = torch.arange(n, device=device)[None, :]
-    number = torch.arange(row, row + rows, device=device)[:, None]
-    element, number = torch.broadcast_tensors(element, number)
-    return philox((element, number, torch.full_like(number, block), torch.full_like(number, stream)), seed)
+    key0, key1 = seed & _MASK, (seed >> 32) & _MASK
+    return torch.ops.vmae_kernels.random_words(rows, n, key0, key1, block, stream, row, device)
 
 
 def random_keys(rows: int, n: int, *, seed: int, stream: int, device: torch.device, row: int = 0) -> Tensor:

@@ -142,6 +142,7 @@ def samples_of_ops():
         ("causal_conv3d", conv[0].contiguous(memory_format=torch.channels_last_3d), conv[1], bias, [1, 2, 2], cache),
         ("fsq", z, [8, 5, 5]),
         ("fsq_backward", rand(2, 4, 3, seed=1), z.detach(), [8, 5, 5]),
+        ("random_words", 2, 5, 7, 11, 0, 1, 3, torch.device("cpu")),
     ]
 
 
