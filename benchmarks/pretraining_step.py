@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3, help="processes per contestant")
     parser.add_argument("--steps", type=int, default=3, help="timed steps per process, after one that is not timed")
-    default = ["vmae-bf16", "huggingface-fp32", "huggingface-bf16"]
+    default = ["vmae-bf16", "vmae-bf16-checkpointing", "vmae-bf16-compiled", "huggingface-fp32", "huggingface-bf16"]
     parser.add_argument("--contestants", nargs="+", default=default, choices=list(STEPS))
     parser.add_argument(
         "--out", type=Path, help="results file (default: benchmarks/results/pretraining-step-DATE.json)"
@@ -106,13 +106,19 @@ def clip(frames: int) -> torch.Tensor:
     return load_clip(demo_clips()["bigbuckbunny"], frames=frames, size=224)
 
 
-def vmae_step(frames: int, dtype: torch.dtype) -> Callable[[], float]:
+def vmae_step(
+    frames: int, dtype: torch.dtype, *, checkpointing: bool = False, compiled: bool = False
+) -> Callable[[], float]:
     from vmae import AdaptiveTokenizer, TokenizerConfig, VideoMAE, VideoMAEConfig
 
     torch.manual_seed(0)
     video = clip(frames)
     tokens = AdaptiveTokenizer(TokenizerConfig.tiny()).encode(video)
-    model = VideoMAE(VideoMAEConfig.base(frames=frames))
+    model = VideoMAE(VideoMAEConfig.base(frames=frames)).train()
+    model.checkpointing = checkpointing
+    if compiled:
+        for block in (*model.blocks, *model.decoder_blocks):
+            block.compile()
 
     def step() -> float:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -148,6 +154,8 @@ def huggingface_step(frames: int, dtype: torch.dtype) -> Callable[[], float]:
 
 STEPS: dict[str, Callable[[int], Callable[[], float]]] = {
     "vmae-bf16": lambda frames: vmae_step(frames, torch.bfloat16),
+    "vmae-bf16-checkpointing": lambda frames: vmae_step(frames, torch.bfloat16, checkpointing=True),
+    "vmae-bf16-compiled": lambda frames: vmae_step(frames, torch.bfloat16, compiled=True),
     "vmae-fp32": lambda frames: vmae_step(frames, torch.float32),
     "huggingface-fp32": lambda frames: huggingface_step(frames, torch.float32),
     "huggingface-bf16": lambda frames: huggingface_step(frames, torch.bfloat16),

@@ -8,6 +8,8 @@ import pytest
 import torch
 from numbered_videos import KINDS, LENGTH, write_numbers
 
+from vmae import AdaptiveTokenizer, TokenizerConfig, checkpoint
+
 torch.set_num_threads(2)
 
 
@@ -41,6 +43,15 @@ def video_folder(tmp_path_factory) -> Path:
     write_video(folder / "a.mp4", 40)
     write_video(folder / "b.mp4", 24)
     (folder / "broken.mp4").write_bytes(b"this is no video")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    """A tokenizer that has learned nothing."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    checkpoint.save(AdaptiveTokenizer(TokenizerConfig.tiny()), folder)
     return folder
 
 

@@ -9,8 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vmae import AdaptiveTokenizer, TokenizerConfig, checkpoint
-
 STEPS = 4
 COMMON = ["--model", "tiny", "--size", "32", "--workers", "0", "--precision", "fp32", "--lr", "1e-3"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -18,13 +16,10 @@ TIMINGS = {"clips_per_s", "waiting", "decoded_frames_per_s", "memory_gib"}
 
 
 @pytest.fixture(scope="module")
-def commands(video_folder, tmp_path_factory) -> dict[str, list[str]]:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tokenizer")
-    checkpoint.save(AdaptiveTokenizer(TokenizerConfig.tiny()), folder)
+def commands(video_folder, tokenizer_dir) -> dict[str, list[str]]:
     data = ["--data", str(video_folder), "--batch-size", "4", "--steps", str(STEPS), "--save-every", "2"]
     gan = ["--gan-after", "0.3", "--aside", "0.4", "--ema", "0.9", "--keep-all", "0.5"]
-    mae = ["--tokenizer", str(folder), "--val", str(video_folder), "--crop", "0.5"]
+    mae = ["--tokenizer", str(tokenizer_dir), "--val", str(video_folder), "--crop", "0.5"]
     return {
         "mae": ["pretrain", *COMMON, *data, *mae, "--frames", "16"],
         "cached": ["pretrain", *COMMON, *data, *mae, "--frames", "16", "--views", "2"],

@@ -27,14 +27,6 @@ TIMINGS = {"clips_per_s", "waiting", "decoded_frames_per_s", "memory_gib"}
 
 
 @pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tokenizer")
-    checkpoint.save(AdaptiveTokenizer(TokenizerConfig.tiny()), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def commands(video_folder, tokenizer_dir) -> dict[str, list[str]]:
     """By name: a run of STEPS steps that has much to remember. Each of its checkpoints is a chance to fail."""
     steps = ["--steps", str(STEPS), "--save-every", "1", "--batch-size", "2", "--lr", "2e-3"]

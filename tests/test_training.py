@@ -42,14 +42,6 @@ def log_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tokenizer")
-    checkpoint.save(AdaptiveTokenizer(TokenizerConfig.tiny()), folder)
-    return folder
-
-
 def test_tokenizer_run_leaves_log_configuration_and_model(moving_square, tmp_path):
     out = train_tokenizer(tokenizer_run(moving_square, tmp_path / "run", steps=25))
     log = log_of(out)
