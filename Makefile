@@ -30,7 +30,6 @@ lint: $(READY)
 
 # A pretraining step beside Hugging Face's VideoMAE (some minutes). The other benchmarks say how in their first lines.
 bench: $(READY)
-	$(RUN)python -m pip install --quiet --disable-pip-version-check 'transformers==5.23.0'
 	$(RUN)python benchmarks/pretraining_step.py
 
 clean:
