@@ -225,10 +225,12 @@ def damage(path: Path, how: str) -> None:
         data[-len(data) // 3] ^= 4
     elif how == "header":
         data[9] ^= 4
+    elif how == "facts":  # one bit of the number of steps
+        data[data.index(b'\\"step\\": 2') + 10] ^= 1
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "bit", "header"])
+@pytest.mark.parametrize("how", ["cut", "empty", "bit", "header", "facts"])
 def test_of_a_damaged_checkpoint_the_one_before_is_taken(how, halted, whole, capsys):
     damage(halted.out / "state-00000002.safetensors", how)
     pretrain(halted)

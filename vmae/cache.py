@@ -110,7 +110,7 @@ class Cache:
             tensors = tuple(shard.get_tensor(f"{key}.{i}").clone() for i in range(count))  # not the file's own memory
         except (OSError, SafetensorError) as error:
             raise CacheError(f"{path}: damaged or gone ({error}); remove it, and fill the cache again") from error
-        if [_checksum(tensor) for tensor in tensors] != checksums:
+        if [checkpoint.checksum(tensor) for tensor in tensors] != checksums:
             raise CacheError(f"{path}: damaged: an entry is not what was written; remove it, and fill the cache again")
         return tensors
 
@@ -133,7 +133,9 @@ class Cache:
         if not self._new:
             return
         tensors = {f"{key}.{i}": tensor for key, entry in self._new.items() for i, tensor in enumerate(entry)}
-        entries = json.dumps({key: [_checksum(tensor) for tensor in entry] for key, entry in self._new.items()})
+        entries = json.dumps(
+            {key: [checkpoint.checksum(tensor) for tensor in entry] for key, entry in self._new.items()}
+        )
         metadata = {"format": FORMAT, "entries": entries, "checksum": str(zlib.crc32(entries.encode()))}
         with checkpoint.replacing(self.folder / f"{uuid.uuid4().hex}.safetensors") as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -162,8 +164,3 @@ def _contents(path: Path) -> dict[str, list[int]]:
     if str(zlib.crc32(entries.encode())) != metadata.get("checksum"):
         raise CacheError(f"{path}: damaged: its header is not what was written; remove it, and fill the cache again")
     return json.loads(entries)
-
-
-def _checksum(tensor: Tensor) -> int:
-    about = f"{tensor.dtype} {list(tensor.shape)} "
-    return zlib.crc32(checkpoint.bytes_of(tensor), zlib.crc32(about.encode()))

@@ -126,7 +126,8 @@ def save_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], director
     from safetensors.torch import save_file
 
     tensors = {name: value.contiguous() for name, value in sorted(tensors.items())}
-    metadata = {"facts": json.dumps(facts), "checksum": str(_checksum(tensors))}
+    text = json.dumps(facts)
+    metadata = {"facts": text, "checksum": str(_checksum_of_state(tensors, text))}
     with replacing(directory / STATE.format(step)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
     for path in _states(directory)[:-STATES_KEPT]:
@@ -149,7 +150,7 @@ def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            if int(metadata["checksum"]) != _checksum(tensors):
+            if int(metadata["checksum"]) != _checksum_of_state(tensors, metadata["facts"]):
                 raise ValueError("its contents are not what was written")
             return tensors, json.loads(metadata["facts"])
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
@@ -169,11 +170,17 @@ def clear_states(directory: Path) -> None:
         path.unlink()
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    value = 0
+def _checksum_of_state(tensors: Mapping[str, Tensor], facts: str) -> int:
+    value = zlib.crc32(facts.encode())
     for name, tensor in tensors.items():
-        value = zlib.crc32(bytes_of(tensor), zlib.crc32(name.encode(), value))
+        value = checksum(tensor, zlib.crc32(name.encode(), value))
     return value
+
+
+def checksum(tensor: Tensor, value: int = 0) -> int:
+    """Of a CPU tensor's type, shape and bytes; `value` is the checksum of what came before."""
+    about = f"{tensor.dtype} {list(tensor.shape)} "
+    return zlib.crc32(bytes_of(tensor), zlib.crc32(about.encode(), value))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -243,7 +243,7 @@ def _collate(items: list[_Item | Exception]) -> Batch | Exception:
     )
 
 
-def quiet_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """What a decoding process does first."""
     torch.set_num_threads(1)  # the workers are the parallelism
     os.setsid()  # Ctrl-C, and what else is sent to a run's whole group of processes, is for the run alone
@@ -281,7 +281,7 @@ def batches(
     size = batch_size // count
     loader = DataLoader(
         _Slots(dataset, seed, extras), batch_sampler=_Parts(batch_size, start, number * size, size),
-        collate_fn=_collate, num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=quiet_worker,
+        collate_fn=_collate, num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=start_worker,
     )  # fmt: skip
     return _guarded(loader)
 

@@ -79,7 +79,7 @@ def parallel(model: nn.Module, engine: str, device: torch.device, *, unused: boo
     if not dist.is_initialized():
         return model
     if engine == "ddp":
-        ids = [device.index] if device.type == "cuda" else None
+        ids = [torch.cuda.current_device()] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
             model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=unused
         )

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vmae import checkpoint
-from vmae.dataset import ClipDataset, read_entries
+from vmae.dataset import ClipDataset, read_entries, start_worker
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import Grid
 from vmae.tokens import TUBELET, check_clip, check_video
@@ -204,7 +204,7 @@ def _encode(
     skipped: dict[int, str] = {}
     loader = DataLoader(
         _Attempts(dataset), batch_size=None, sampler=videos, num_workers=run.workers,
-        prefetch_factor=2 if run.workers else None,
+        prefetch_factor=2 if run.workers else None, worker_init_fn=start_worker,
     )  # fmt: skip
     name = f"{dataset.sampling['frames']} frames"
     bar = tqdm(loader, desc=name, total=len(videos), unit="clip", disable=not progress, mininterval=1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,16 +69,17 @@ def restore(task: "Task", optimizer: torch.optim.Optimizer, dataset: ClipDataset
         )
     if distributed.world().size == facts["processes"]:
         torch.set_num_threads(facts["threads"])  # sums are split among them
-
-    def part(name: str) -> dict[str, Tensor]:
-        return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
-
-    restore_optimizer(optimizer, part("optimizer"))
-    weights = part("model")
+    restore_optimizer(optimizer, part(tensors, "optimizer"))
+    weights = part(tensors, "model")
     for name, value in task.model.state_dict().items():
         distributed.assign(value, weights[name])
-    task.restore(part("task"), facts["task"])
+    task.restore(part(tensors, "task"), facts["task"])
     return Position(facts["step"], facts["log"], facts["skipped"])
+
+
+def part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Those under `name/`, without it."""
+    return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
 
 
 def _states(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vmae.cache import Cache, CacheError, entry_key, state_hash
-from vmae.dataset import Batch, ClipDataset, Extras, quiet_worker
+from vmae.dataset import Batch, ClipDataset, Extras, start_worker
 from vmae.flow import flow_scores
 from vmae.mae import everest_scores
 from vmae.tokenizer import AdaptiveTokenizer, latents_of
@@ -120,7 +120,7 @@ class Targets:
         random.Random(time.time_ns()).shuffle(items)  # several that fill one cache seldom meet
         loader = DataLoader(
             _Missing(dataset, cache, [source.name for source in self.sources], items), batch_size=None,
-            num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=quiet_worker,
+            num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=start_worker,
         )  # fmt: skip
         computed, written = 0, time.monotonic()
         bar = tqdm(total=len(items), desc=cache.folder.name, unit="view", disable=part[0] > 0, dynamic_ncols=True)

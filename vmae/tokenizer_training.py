@@ -19,7 +19,7 @@ from vmae import checkpoint, distributed
 from vmae.dataset import Batch, ClipDataset
 from vmae.evaluation import Evaluation, code_counts, entropy_bits, evaluate, reconstruction
 from vmae.losses import Discriminator, discriminator_loss, generator_loss, perceptual_distance, r1_penalty
-from vmae.resume import optimizer_state, restore_optimizer
+from vmae.resume import optimizer_state, part, restore_optimizer
 from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig
 from vmae.training import (
     HINT,
@@ -263,25 +263,22 @@ class _TokenizerTraining(Task):
             checkpoint.save(self.average, out)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        tensors = {f"average/{name}": value for name, value in self.average.state_dict().items()}
         tensors["counts"] = self.counts
         if self.run.gan:
-            tensors |= {f"discriminator.{name}": value for name, value in self.discriminator.state_dict().items()}
-            tensors |= {f"optimizer.{k}": v for k, v in optimizer_state(self.discriminator_optimizer).items()}
+            tensors |= {f"discriminator/{name}": value for name, value in self.discriminator.state_dict().items()}
+            tensors |= {f"optimizer/{k}": v for k, v in optimizer_state(self.discriminator_optimizer).items()}
         # json has no infinity
         best = None if self.best == math.inf else self.best
         facts = {"best": best, "adversarial": self.adversarial, "discriminator_loss": self.discriminator_loss}
         return tensors, facts | {"failures": self.failures}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-
-        self.average.load_state_dict(part("average"))
+        self.average.load_state_dict(part(tensors, "average"))
         self.counts = tensors["counts"].to(self.device)
         if self.run.gan:
-            restore_optimizer(self.discriminator_optimizer, part("optimizer"))
-            self.discriminator.load_state_dict(part("discriminator"))
+            restore_optimizer(self.discriminator_optimizer, part(tensors, "optimizer"))
+            self.discriminator.load_state_dict(part(tensors, "discriminator"))
         self.best = math.inf if facts["best"] is None else facts["best"]
         self.adversarial, self.failures = facts["adversarial"], facts["failures"]
         self.discriminator_loss = facts["discriminator_loss"]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -270,7 +271,7 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
                 line |= task.save(out)
             elif stop:
                 task.stopped(out)
-            size = log.write(line)
+            size = log.write(line, lasting=bool(due or stop))
             if due or stop:
                 resume.save(task, optimizer, dataset, out, resume.Position(step + 1, size, skipped))
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.2f} clips/s, {line['memory_gib']:.2f} GiB", refresh=False)
@@ -300,12 +301,14 @@ class _Log:
         if self.file:
             self.file.close()
 
-    def write(self, line: dict[str, Any]) -> int:
-        """Returns the file's size."""
+    def write(self, line: dict[str, Any], *, lasting: bool) -> int:
+        """Returns the file's size; `lasting` waits for the disk, before a checkpoint that counts on the line."""
         if not self.file:
             return 0
         self.file.write(json.dumps(line).encode() + b"\n")
         self.file.flush()
+        if lasting:
+            os.fsync(self.file.fileno())
         return self.file.tell()
 
 
