@@ -217,7 +217,8 @@ class AdaptiveTokenizer(nn.Module, Saved):
         if self.training and 0 < k < rest.shape[1]:
             soft = _standardised(rest)
             if self.config.selection == "perturbed":
-                soft = soft_topk(soft, k, sigma=self.config.sigma, samples=self.config.samples, seed=seed)
+                config = self.config
+                soft = soft_topk(soft, k, sigma=config.sigma, samples=config.samples, seed=seed, row=row)
             words = random_words(*rest.shape, seed=seed, block=0, stream=STREAM_PROBE, row=row, device=rest.device)
             shares, places = ((word >> 8).float() * 2.0**-24 for word in words[:2])
             passing = shares + (soft - soft.detach()) / self.config.probes

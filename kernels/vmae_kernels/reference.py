@@ -69,10 +69,10 @@ def topk(scores: Tensor, k: int) -> Tensor:
     return topk_partition(scores, k)[0]
 
 
-def _perturbed(scores: Tensor, sigma: float, samples: int, seed: int):
+def _perturbed(scores: Tensor, sigma: float, samples: int, seed: int, row: int):
     """The `samples` noise tensors and noisy scores, one at a time: memory O(N)."""
     for block in range(-(-samples // 4)):
-        noise = normals(*scores.shape, seed=seed, block=block, device=scores.device).to(scores.dtype)
+        noise = normals(*scores.shape, seed=seed, block=block, row=row, device=scores.device).to(scores.dtype)
         for z in noise[: samples - 4 * block]:
             yield z, scores + sigma * z
 
@@ -82,20 +82,20 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(_compute_dtype(x.dtype))
 
 
-def soft_topk(scores: Tensor, k: int, sigma: float, samples: int, seed: int) -> Tensor:
+def soft_topk(scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
     rows = _rows(scores)
     total = torch.zeros_like(rows)
-    for _, noisy in _perturbed(rows, sigma, samples, seed):
+    for _, noisy in _perturbed(rows, sigma, samples, seed, row):
         total += topk_mask(noisy, k)
     return (total / samples).to(scores.dtype).reshape(scores.shape)
 
 
-def soft_topk_backward(grad: Tensor, scores: Tensor, k: int, sigma: float, samples: int, seed: int) -> Tensor:
+def soft_topk_backward(grad: Tensor, scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
     rows, weight = _rows(scores), _rows(grad)
     # The control variate: the product at zero noise has mean zero once multiplied by z, and most of the variance.
     unperturbed = (weight * topk_mask(rows, k)).sum(-1, keepdim=True)
     total = torch.zeros_like(rows)
-    for z, noisy in _perturbed(rows, sigma, samples, seed):
+    for z, noisy in _perturbed(rows, sigma, samples, seed, row):
         total += ((weight * topk_mask(noisy, k)).sum(-1, keepdim=True) - unperturbed) * z
     return (total / (samples * sigma)).to(scores.dtype).reshape(scores.shape)
 

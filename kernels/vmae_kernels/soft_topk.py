@@ -11,11 +11,11 @@ from ._library import register
 from .topk import check_scores
 
 
-def _fake(scores: Tensor, k: int, sigma: float, samples: int, seed: int) -> Tensor:
+def _fake(scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
-def _fake_backward(grad: Tensor, scores: Tensor, k: int, sigma: float, samples: int, seed: int) -> Tensor:
+def _fake_backward(grad: Tensor, scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
@@ -26,10 +26,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     (scores,) = ctx.saved_tensors
-    return torch.ops.vmae_kernels.soft_topk_backward(grad, scores, *ctx.settings), None, None, None, None
+    return torch.ops.vmae_kernels.soft_topk_backward(grad, scores, *ctx.settings), None, None, None, None, None
 
 
-_SETTINGS = "Tensor scores, SymInt k, float sigma, SymInt samples, SymInt seed"
+_SETTINGS = "Tensor scores, SymInt k, float sigma, SymInt samples, SymInt seed, SymInt row"
 register(
     f"soft_topk({_SETTINGS}) -> Tensor",
     reference.soft_topk,
@@ -40,7 +40,7 @@ register(
 register(f"soft_topk_backward(Tensor grad, {_SETTINGS}) -> Tensor", reference.soft_topk_backward, fake=_fake_backward)
 
 
-def soft_topk(scores: Tensor, k: int, *, sigma: float, samples: int, seed: int) -> Tensor:
+def soft_topk(scores: Tensor, k: int, *, sigma: float, samples: int, seed: int, row: int = 0) -> Tensor:
     """How often each score is among the k largest of its row when Gaussian noise is added: a soft top-k indicator.
 
     The gradient is the perturbed-optimizer estimator with a control variate (the unperturbed indicator's product is
@@ -53,13 +53,14 @@ def soft_topk(scores: Tensor, k: int, *, sigma: float, samples: int, seed: int) 
         sigma: standard deviation of the noise, in the scores' own units; above 0.
         samples: number of noise samples; at least 1.
         seed: any integer, taken modulo 2^64. Rows of one call have independent noise.
+        row: the first row's place in the whole that these rows are a part of: parts have the whole's noise.
 
     Returns:
         [..., N] in the scores' dtype, each in [0, 1], rows summing to k.
 
     Raises:
-        TypeError: scores are not floating point, or k, samples or seed is no integer.
-        ValueError: k outside 0 to N, sigma not above 0, samples below 1.
+        TypeError: scores are not floating point, or k, samples, seed or row is no integer.
+        ValueError: k outside 0 to N, sigma not above 0, samples below 1, row below 0.
 
     Under autocast: never casts.
 
@@ -68,10 +69,11 @@ def soft_topk(scores: Tensor, k: int, *, sigma: float, samples: int, seed: int) 
     """
     check_scores(scores, k)
     count("samples", samples, 1)
+    count("row", row, 0)
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
         raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
     if not 0 < sigma < math.inf:
         raise ValueError(f"sigma: expected a finite number above 0, got {sigma}")
     # An operation's integers are 64 bits wide and signed.
     seed = (seed + 2**63) % 2**64 - 2**63
-    return torch.ops.vmae_kernels.soft_topk(scores, k, sigma, samples, seed)
+    return torch.ops.vmae_kernels.soft_topk(scores, k, sigma, samples, seed, row)

@@ -167,6 +167,16 @@ def test_rows_have_independent_noise_whatever_the_batch_shape():
     assert torch.equal(soft_topk(scores[0], 7, sigma=1.0, samples=4, seed=0), flat[0])
 
 
+def test_parts_have_the_noise_of_the_whole():
+    g = torch.Generator().manual_seed(4)
+    scores, grad = torch.randn(6, 30, generator=g), torch.randn(6, 30, generator=g)
+    args = {"sigma": 1.0, "samples": 6, "seed": 3}
+    whole = value_and_gradient(scores, grad, 7, **args)
+    parts = [value_and_gradient(scores[a:b], grad[a:b], 7, **args, row=a) for a, b in ((0, 1), (1, 4), (4, 6))]
+    for found, expected in zip(zip(*parts, strict=True), whole, strict=True):
+        assert torch.equal(torch.cat(found), expected)
+
+
 def test_strides():
     base = torch.randn(12, 5, generator=torch.Generator().manual_seed(5))
     args = {"sigma": 0.5, "samples": 5, "seed": 1}
@@ -241,7 +251,9 @@ def test_errors():
             soft_topk(x, 1, **(good | {"sigma": sigma}))
     with pytest.raises(ValueError, match=r"samples.*at least 1.*got 0"):
         soft_topk(x, 1, **(good | {"samples": 0}))
-    for name in ("samples", "seed"):
+    with pytest.raises(ValueError, match=r"row.*at least 0.*got -1"):
+        soft_topk(x, 1, **good, row=-1)
+    for name in ("samples", "seed", "row"):
         with pytest.raises(TypeError, match=rf"{name}.*integer.*got float"):
             soft_topk(x, 1, **(good | {name: 1.0}))
     with pytest.raises(TypeError, match=r"k: .*integer.*got float"):
