@@ -218,8 +218,10 @@ def test_a_batch_that_gives_no_number_changes_nothing(moving_square, tmp_path, m
 def test_loss_after_loss_that_is_no_number_stops_the_run(moving_square, tmp_path, monkeypatch):
     break_steps(monkeypatch, range(2, 2 + PATIENCE))
     words = rf"step {1 + PATIENCE}: the training diverged: expected a finite loss.*nan.*{PATIENCE} times in a row"
-    with pytest.raises(TrainingError, match=words):
-        train_tokenizer(tokenizer_run(moving_square, tmp_path / "run", steps=20, save_every=2))
+    run = tokenizer_run(moving_square, tmp_path / "run", steps=20, save_every=2)
+    for resume in (False, True):  # the steps before the checkpoint still count
+        with pytest.raises(TrainingError, match=words):
+            train_tokenizer(dataclasses.replace(run, resume=resume))
     model = checkpoint.load(AdaptiveTokenizer, tmp_path / "run")
     assert all(p.isfinite().all() for p in model.parameters())
 

@@ -23,11 +23,16 @@ FREE = frozenset(
 
 
 class Position(NamedTuple):
-    """Where a run stands: its next step, the size of its log in bytes, and how often a video was skipped."""
+    """Where a run stands."""
 
-    step: int
-    log: int
-    skipped: int
+    step: int = 0
+    """The next one."""
+    log: int = 0
+    """Its size in bytes."""
+    skipped: int = 0
+    """How often a video was."""
+    failures: int = 0
+    """Steps that changed nothing, up to here in a row."""
 
 
 def save(
@@ -58,7 +63,7 @@ def restore(task: "Task", optimizer: torch.optim.Optimizer, dataset: ClipDataset
     saved = checkpoint.load_state(run.out)
     if saved is None:
         distributed.say(f"{run.out}: holds no checkpoint; the run begins at its first step")
-        return Position(0, 0, 0)
+        return Position()
     tensors, facts = saved
     _check_same(run, run.out / checkpoint.RUN)
     if facts["videos"] != _fingerprint(dataset):
@@ -74,7 +79,7 @@ def restore(task: "Task", optimizer: torch.optim.Optimizer, dataset: ClipDataset
     for name, value in task.model.state_dict().items():
         distributed.assign(value, weights[name])
     task.restore(part(tensors, "task"), facts["task"])
-    return Position(facts["step"], facts["log"], facts["skipped"])
+    return Position(*(facts[name] for name in Position._fields))
 
 
 def part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

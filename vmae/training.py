@@ -218,7 +218,8 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
     model = task.model.to(device).train()
     task.parallel = distributed.parallel(model, options.parallel, device, unused=task.unused)
     optimizer = adamw(model, options)
-    first, size, skipped = resume.restore(task, optimizer, dataset, run) if run.resume else resume.Position(0, 0, 0)
+    position = resume.restore(task, optimizer, dataset, run) if run.resume else resume.Position()
+    first, size, skipped, failures = position
     if first == options.steps:
         distributed.say(f"{out}: all {first} steps are done")
         return out
@@ -231,7 +232,6 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
     if rank == 0:
         _clear(out, first)
         checkpoint.write_text(out / RUN, json.dumps(asdict(run), indent=2, default=str) + "\n")
-    failures = 0
     with _Log(out / LOG, size) as log, _progress(options.steps, first, out.name) as bar, _Signals() as signals:
         for step in range(first, options.steps):
             begin = time.perf_counter()
@@ -273,7 +273,8 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
                 task.stopped(out)
             size = log.write(line, lasting=bool(due or stop))
             if due or stop:
-                resume.save(task, optimizer, dataset, out, resume.Position(step + 1, size, skipped))
+                position = resume.Position(step + 1, size, skipped, failures)
+                resume.save(task, optimizer, dataset, out, position)
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.2f} clips/s, {line['memory_gib']:.2f} GiB", refresh=False)
             bar.update()
             loader.next_step(seconds)

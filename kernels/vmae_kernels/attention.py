@@ -8,6 +8,26 @@ from ._checks import FLOATS, INTEGERS, count, dtype_in, same_device, same_dtype,
 from ._library import register, register_composite
 
 
+def _fake_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    b, h, m, d = q.shape
+    o = torch.empty(b, m, h, d, dtype=q.dtype, device=q.device).transpose(1, 2)
+    return o, torch.empty(b, h, m, dtype=torch.float32, device=q.device)
+
+
+def _fake_cpu_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved_and_scale) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _setup_cpu_context(ctx, inputs, output) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _cpu_backward(ctx, grad: Tensor, _):
+    return *torch.ops.vmae_kernels.attention_cpu_backward(grad, *ctx.saved_tensors, ctx.scale), None
+
+
 def _fake_varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *lengths_and_scale) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -30,6 +50,21 @@ def _backward(ctx, grad: Tensor):
 
 register_composite(
     "attention(Tensor q, Tensor k, Tensor v, float? scale, Tensor? kv_indices) -> Tensor", reference.attention
+)
+# What `attention` is made of for bfloat16 on a CPU.
+register(
+    "attention_cpu(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    reference.attention_cpu,
+    fake=_fake_cpu,
+    backward=_cpu_backward,
+    setup_context=_setup_cpu_context,
+    autocast=3,
+)
+register(
+    "attention_cpu_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.attention_cpu_backward,
+    fake=_fake_cpu_backward,
 )
 _PACKED = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float? scale"

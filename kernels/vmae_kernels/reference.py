@@ -232,7 +232,81 @@ def _kv_rows(x: Tensor, indices: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, kv_indices: Tensor | None) -> Tensor:
     if kv_indices is not None:
         k, v = _kv_rows(k, kv_indices), _kv_rows(v, kv_indices)
+    if q.numel() and _bfloat16_on_cpu(q, k, v):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return torch.ops.vmae_kernels.attention_cpu(q, k, v, scale)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _bfloat16_on_cpu(*tensors: Tensor) -> bool:
+    """Whether attention over these is computed in bfloat16, on a CPU."""
+    if any(x.device.type != "cpu" or x.dtype == torch.float64 for x in tensors):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return tensors[0].dtype == torch.bfloat16
+
+
+def attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return o, lse.contiguous()
+
+
+_SMALL = 1 << 18  # scores per head: below, the calls cost more than they save
+_SCORES, _HEADS = 1 << 21, 16  # per head, and heads, at a time: two such buffers hold 8 MiB a head
+
+
+def attention_cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    """PyTorch's own backward multiplies many small blocks; this one multiplies few large ones.
+
+    A product of bfloat16 matrices comes out rounded to bfloat16. So the log-sum-exp and the row sums are subtracted
+    inside the products, as columns of their own, and only the differences are rounded. exp(score - lse) is shifted by
+    half the logarithm of the number of keys, to where the rounding of its exponent costs least whether a query
+    attends to all keys alike or to a single one.
+    """
+    b, h, m, d = q.shape
+    n = k.shape[2]
+    if m * n < _SMALL or not scale:
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = backward(grad, q, k, v, o, lse, 0.0, False, scale=scale)
+        return tuple(x.contiguous() for x in grads)
+    shift = math.log(n) / 2
+    # exp(shift) is a factor of the weights, and is taken out of what they are multiplied by.
+    delta = math.exp(-shift) * (grad.float() * o.float()).sum(-1)
+    grad = _widened(grad * math.exp(-shift), _parts(-delta))
+    q = _widened(q, _parts((shift - lse) / scale))
+    k, v = (_widened(x, x.new_ones(()).expand(b, h, n, 3)) for x in (k, v))
+    dq, dk, dv = q.new_empty(b * h, m, d), lse.new_zeros(b * h, n, d), lse.new_zeros(b * h, n, d)
+    heads, rows = min(torch.get_num_threads(), _HEADS), -(-m // -(-m * n // _SCORES))
+    buffers = q.new_empty(2, heads * n * rows)
+    for head in (slice(i, i + heads) for i in range(0, b * h, heads)):
+        for row in (slice(i, i + rows) for i in range(0, m, rows)):
+            some_q, some_grad = q[head, row], grad[head, row]
+            shape = (len(some_q), n, some_q.shape[1])
+            weights, slopes = (x[: math.prod(shape)].view(shape) for x in buffers)
+            torch.baddbmm(weights, k[head], some_q.transpose(1, 2), beta=0, alpha=scale, out=weights).exp_()
+            torch.bmm(v[head], some_grad.transpose(1, 2), out=slopes).mul_(weights)
+            dv[head] += weights @ some_grad[..., :d]
+            dk[head] += slopes @ some_q[..., :d]
+            dq[head, row] = slopes.transpose(1, 2) @ k[head, :, :d]
+    return tuple(x.to(q.dtype).view(b, h, -1, d) for x in (dq.mul_(scale), dk.mul_(scale), dv))
+
+
+def _parts(x: Tensor) -> Tensor:
+    """float32 [...] as bfloat16 numbers [..., 3] that add up to it."""
+    parts = []
+    for _ in range(3):
+        parts.append(x.bfloat16())
+        x = x - parts[-1].float()
+    return torch.stack(parts, -1)
+
+
+def _widened(x: Tensor, columns: Tensor) -> Tensor:
+    """[B, H, M, d] and [B, H, M, 3] -> [B * H, M, D]: side by side, and zeros up to a multiple of 32."""
+    b, h, m, d = x.shape
+    return torch.cat((x, columns, x.new_zeros(()).expand(b, h, m, -(d + 3) % 32)), -1).flatten(0, 1)
 
 
 def _sequences(total_q: int, total_k: int, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int):

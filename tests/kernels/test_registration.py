@@ -117,6 +117,8 @@ def samples_of_ops():
     conv = rand(2, 3, 4, 5, 4).requires_grad_(), rand(4, 3, 3, 3, 3, seed=1).requires_grad_()
     bias, cache = rand(4, seed=2).requires_grad_(), rand(2, 3, 2, 5, 4, seed=3).requires_grad_()
     patches = rand(2, 3, 24)
+    half = [x.detach().bfloat16().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    saved = [*(x.detach() for x in half), *(x.detach() for x in OPS.attention_cpu(*half, 0.3))]
     return [
         ("topk", scores, 2),
         ("topk_partition", scores, 0),
@@ -136,6 +138,9 @@ def samples_of_ops():
         ("tubelets_backward", patches, repeated, [2, 3, 4, 4, 6], norm[0], norm[2], torch.float32),
         ("attention", q, k, v, None, None),
         ("attention", q, k, v, 0.3, rows[:, :1]),
+        ("attention", *half, None, None),
+        ("attention_cpu", *half, 0.3),
+        ("attention_cpu_backward", saved[0], *saved, 0.3),
         ("attention_varlen", *packed, cu, cu_k, 3, 4, None),
         ("attention_varlen_backward", rand(5, 2, 16), *(p.detach() for p in packed), cu, cu_k, 3, 4, 0.3),
         ("causal_conv3d", *conv, None, [1, 1, 1], None),
