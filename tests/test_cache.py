@@ -433,9 +433,12 @@ def test_a_killed_writer_leaves_whole_shards(tmp_path):
 def test_files_left_by_a_kill_are_ignored(shard):
     whole = shard.read_bytes()
     (shard.parent / f".{shard.name}.abc123.part").write_bytes(whole[: len(whole) // 2])
-    (shard.parent / f".{shard.name}.xyz.part").write_bytes(b"")
+    old = shard.parent / f".{shard.name}.xyz.part"
+    old.write_bytes(b"")
+    os.utime(old, (0, 0))  # no writer is at work on it any more
     (shard.parent / "notes.txt").write_text("no shard")
     check_entries(Cache(shard.parent), [entry_of(number) for number in range(3)])
+    assert [path.name for path in shard.parent.glob(".*")] == [f".{shard.name}.abc123.part"]
 
 
 # --- damage -------------------------------------------------------------------------------------------------------

@@ -148,11 +148,62 @@ def test_lists_as_other_programs_write_them(tmp_path, start, separator):
     assert read_entries(path) == [(tmp_path / "a b.mp4", 3)]
 
 
+def test_blanks_in_a_csv_file_belong_to_no_name(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("path, label\na b.mp4, 3\n")
+    assert read_entries(path) == [(tmp_path / "a b.mp4", 3)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x" * 200_000, "expected a text file that lists videos"),
+        ("a.mp4 99999999999\n", r":1: expected a path and an integer label, got 'a\.mp4' and '99999999999'"),
+    ],
+)  # fmt: skip
+def test_what_is_no_list_is_named(text, words, tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text(text)
+    with pytest.raises(VideoError, match=rf"list\.txt: ?{words}|list\.txt{words}"):
+        read_entries(path)
+
+
+def test_a_name_that_no_file_can_have_is_skipped(folder, tmp_path):
+    good = read_entries(folder)[0][0]
+    (tmp_path / "list.txt").write_text(f"{'x' * 300}.mp4\n{good.resolve()}\n")
+    batch = next(batches(ClipDataset(tmp_path / "list.txt", frames=2, size=CLIP), 2))
+    assert batch.own.tolist().count(True) == 1
+    assert "xxx.mp4: cannot be decoded" in batch.skipped[0]
+
+
 def test_csv_without_a_header_is_named(tmp_path):
     path = tmp_path / "list.csv"
     path.write_text("a.mp4,0\nb.mp4,1\n")
     with pytest.raises(VideoError, match=r"list\.csv:1: expected .path label., or a csv file whose header"):
         read_entries(path)
+
+
+def test_a_worker_ends_with_its_run_whenever_that_is_killed():
+    """Also between its own beginning and PyTorch's first look at who its parent is."""
+    text = """
+import multiprocessing, time
+from vmae.dataset import start_worker
+
+def work():
+    start_worker(0)
+    print("started", flush=True)
+    time.sleep(100)
+
+if __name__ == "__main__":
+    for _ in range(2):
+        multiprocessing.Process(target=work).start()
+    time.sleep(100)
+"""
+    run = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
+    for _ in range(2):
+        assert run.stdout.readline() == "started\n"
+    run.kill()
+    assert run.communicate(timeout=20) == ("", None)  # when nobody has the pipe any more
 
 
 def test_a_killed_worker_is_named(folder):

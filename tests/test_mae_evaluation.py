@@ -102,6 +102,8 @@ def test_the_table_has_every_figure(video_folder, models):
         line = next(line for line in table.splitlines() if line.startswith(f"{name} "))
         assert f"{row.loss:.4f}" in line
         assert f"{row.nearest:.4f}" in line
+    assert all(f"skipped: {reason}" in table for reason in result.skipped)
+    assert "broken.mp4" in table
     json.dumps(table)
 
 
@@ -115,3 +117,9 @@ def test_what_cannot_be_evaluated(video_folder, models, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"none of its videos could be used; the last one: .*bad\.mp4"):
         evaluated_mae(models / "latent", run_on(video_folder, tmp_path, models))
+    with pytest.raises(ValueError, match=r"none of its videos could be used; the last one: .*bad\.mp4"):
+        evaluated_mae(models / "latent", run_on(tmp_path, video_folder, models))
+    for levels in ((8, 8), (64,)):
+        checkpoint.save(AdaptiveTokenizer(TokenizerConfig.tiny(levels=levels)), tmp_path / "other")
+        with pytest.raises(ValueError, match=rf"tokenizer: expected latents of 6 numbers, .* got one of {len(levels)}"):
+            evaluated_mae(models / "latent", run_on(video_folder, video_folder, models, tokenizer=tmp_path / "other"))

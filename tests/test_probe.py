@@ -529,10 +529,14 @@ def lists(folder: Path, train: list[str], val: list[str]) -> dict[str, Path]:
         (["a.mp4 4", "b.mp4 4"], ["c.mp4 4", "d.mp4 4"], "^train: .*two classes or more, got only label 4"),
         (["a.mp4 0", "b.mp4 4"], ["c.mp4 4", "d.mp4 4"], "^val: .*two classes or more, got only label 4"),
         (["a.mp4 0", "b.mp4 1"], ["c.mp4 1", "d.mp4 2", "e.mp4 5"], "^val: .*labels of the training videos, got 2, 5"),
-        (["a.mp4 0", "b.mp4 1"], ["c.mp4 1", "./b.mp4 0"], r"not in the training list, got .*b\.mp4 in both"),
+        (["a.mp4 0", "b.mp4 1"], ["c.mp4 1", "./b.mp4 0"], r"not in the training list, got .*b\.mp4, there as .*b"),
+        (["a.mp4 0", "b.mp4 1"], ["c.mp4 1", "copy.mp4 0"], r"not in the training list, got .*copy.mp4, there as .*a"),
+        (["a.mp4 0", "b.mp4 1", "copy.mp4 1"], ["c.mp4 1", "d.mp4 0"], r"one label for a video, got 0 and 1 .*copy"),
     ],
 )  # fmt: skip
 def test_lists_that_are_refused(colours, tmp_path, train, val, message):
+    for name, content in (("a", b"same"), ("copy", b"same"), ("c", b"long"), ("d", b"longer")):
+        (tmp_path / f"{name}.mp4").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         probe(run_of(colours, **lists(tmp_path, train, val)), progress=False)
 

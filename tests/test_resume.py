@@ -115,6 +115,12 @@ def wait_for(out: Path, steps: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run did not get there")
 
 
+def children(pid: int) -> list[int]:
+    found = " ".join(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    assert found
+    return [int(number) for number in found]
+
+
 @pytest.mark.parametrize(
     ("sent", "name", "group"), [(signal.SIGINT, "mae", True), (signal.SIGTERM, "tokenizer", False)]
 )
@@ -124,7 +130,11 @@ def test_stopped_by_a_signal_it_saves_and_goes_on_bitwise(sent, name, group, com
     rarely = ["--save-every", "1000", "--workers", "1"]
     process = start(commands[name], tmp_path / "run", *rarely, start_new_session=True)
     wait_for(tmp_path / "run", 2, process)
-    (os.killpg if group else os.kill)(process.pid, sent)
+    if group:
+        os.killpg(process.pid, sent)
+    else:  # as a scheduler ends a job: every process of it gets the signal, the decoding ones first
+        for child in (*children(process.pid), process.pid):
+            os.kill(child, sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
@@ -207,6 +217,71 @@ def test_without_a_checkpoint_it_begins(moving_square, tokenizer_dir, whole, tmp
     assert "holds no checkpoint; the run begins at its first step" in capsys.readouterr().err
 
 
+def test_killed_in_its_first_checkpoint_it_begins(moving_square, tokenizer_dir, whole, tmp_path, monkeypatch):
+    run = mae_run(moving_square, tmp_path / "run", tokenizer_dir)
+    crash_at(monkeypatch, 1)
+    with pytest.raises(Crash):
+        pretrain(run)
+    monkeypatch.undo()
+    assert {path.name for path in run.out.iterdir()} == {"config.json", "model.safetensors", "log.jsonl", "run.json"}
+    assert outcome(pretrain(dataclasses.replace(run, resume=True))) == whole
+
+
+def test_a_model_without_checkpoints_is_not_trained_over(halted, capsys):
+    for path in halted.out.glob("state-*"):
+        path.unlink()
+    before = {path.name: path.read_bytes() for path in halted.out.iterdir()}
+    with pytest.raises(ValueError, match="holds a model but no checkpoint to go on from; choose another --out"):
+        pretrain(halted)
+    assert {path.name: path.read_bytes() for path in halted.out.iterdir()} == before
+    (halted.out / "log.jsonl").unlink()  # as a converted or downloaded model
+    (halted.out / "run.json").unlink()
+    with pytest.raises(ValueError, match="holds a model but no checkpoint to go on from"):
+        pretrain(halted)
+    assert (halted.out / "model.safetensors").read_bytes() == before["model.safetensors"]
+
+
+def test_a_run_that_is_done_needs_no_checkpoint(halted, capsys):
+    pretrain(halted)
+    for path in halted.out.glob("state-*"):
+        path.unlink()
+    before = {path.name: path.read_bytes() for path in halted.out.iterdir()}
+    pretrain(halted)
+    assert {path.name: path.read_bytes() for path in halted.out.iterdir()} == before
+    assert "all 4 steps are done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("left", "steps"), [("gone", [2, 3]), ("empty", [2, 3]), ("a line and a half", [0, 2, 3])])
+def test_a_log_that_is_shorter_than_the_checkpoint_knows(left, steps, halted, whole, capsys):
+    log = halted.out / "log.jsonl"
+    data = log.read_bytes()
+    log.write_bytes(data[: data.index(b"\n") + 20] if left == "a line and a half" else b"")
+    if left == "gone":
+        log.unlink()
+    pretrain(halted)
+    assert "log.jsonl: holds less than at the checkpoint" in capsys.readouterr().err
+    lines, tensors = outcome(halted.out)
+    assert [line["step"] for line in lines] == steps
+    assert lines[-2:] == whole[0][-2:]
+    assert tensors == whole[1]
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{", None])
+def test_settings_that_cannot_be_read(text, halted):
+    if text is None:
+        (halted.out / "run.json").unlink()
+    else:
+        (halted.out / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json: expected the settings of the run to go on with, found none"):
+        pretrain(halted)
+
+
+def test_a_damaged_checkpoint_does_not_outlive_a_good_one(halted, monkeypatch):
+    damage(halted.out / "state-00000002.safetensors", "bit")
+    checkpoint.save_state({"x": torch.zeros(1)}, {}, halted.out, 1)
+    assert [path.name for path in checkpoint.states(halted.out)] == ["state-00000001.safetensors"]
+
+
 def test_a_run_that_is_done_stays_as_it_is(halted, capsys):
     pretrain(halted)
     before = {path.name: path.read_bytes() for path in halted.out.iterdir()}
@@ -269,6 +344,19 @@ def test_other_settings_are_refused(changes, words, halted):
 def test_other_videos_are_refused(halted, video_folder):
     with pytest.raises(ValueError, match=r"expected the videos that the run in .* began with, found others"):
         pretrain(dataclasses.replace(halted, data=video_folder))
+
+
+def test_other_videos_of_the_same_names_are_refused(halted, tmp_path):
+    other = tmp_path / halted.data.name
+    other.write_bytes(halted.data.read_bytes() + bytes(8))
+    with pytest.raises(ValueError, match=r"expected the videos that the run in .* began with, found others"):
+        pretrain(dataclasses.replace(halted, data=other))
+
+
+def test_other_settings_are_refused_before_the_cache_is_filled(halted, tmp_path):
+    with pytest.raises(ValueError, match=r"views: expected 0, .*, got 2"):
+        pretrain(dataclasses.replace(halted, cache=tmp_path / "cache", views=2))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_where_things_are_may_change(halted, whole, tmp_path):

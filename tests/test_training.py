@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, VideoMAE, batches, checkpoint
+from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, VideoMAE, batches, checkpoint, load_clip
 from vmae.masking import STRATEGIES
 from vmae.pretraining import PretrainRun, pretrain
 from vmae.tokenizer_training import TokenizerRun, train_tokenizer
@@ -187,6 +187,47 @@ def test_nothing_but_unusable_videos_is_an_error(tmp_path):
         train_tokenizer(tokenizer_run(tmp_path, tmp_path / "run"))
 
 
+def test_validation_takes_every_usable_video_once(video_folder, tmp_path, monkeypatch, capsys):
+    names = ["gone.mp4", "a.mp4", "broken.mp4", "b.mp4", "none.mp4"]
+    (tmp_path / "val.txt").write_text("\n".join(str(video_folder / name) for name in names))
+    settings = {"strategy": "random", "target": "pixels", "val": tmp_path / "val.txt"}
+    run = pretrain_run(video_folder, tmp_path / "run", None, steps=2, **settings)
+    run = dataclasses.replace(run, optimisation=dataclasses.replace(run.optimisation, batch_size=3, save_every=1))
+    seen, forward = [], VideoMAE.forward
+
+    def recorded(model, clip, *arguments, **options):
+        value = forward(model, clip, *arguments, **options)
+        if not model.training:
+            seen.extend(zip(value.tolist(), clip, strict=True))
+        return value
+
+    monkeypatch.setattr(VideoMAE, "forward", recorded)
+    log = log_of(pretrain(run))
+    expected = [load_clip(video_folder / name, frames=16, size=32)[0] for name in ("a.mp4", "b.mp4")]
+    assert len(seen) == 12
+    for line, clips in zip(log, (seen[:6], seen[6:]), strict=True):
+        # In the places of the others stand substitutes, with other masks, which do not count.
+        found = [[value for value, clip in clips if torch.equal(clip, wanted)] for wanted in expected]
+        assert sum(map(len, found)) == 6
+        assert any(line["val_loss"] == pytest.approx((a + b) / 2) for a, b in itertools.product(*found))
+    told = capsys.readouterr().err
+    assert all(told.count(f"skipped in validation: {video_folder / names[i]}") == 1 for i in (0, 2, 4))
+
+
+def test_validation_on_nothing_is_refused_before_any_work(video_folder, tmp_path):
+    (tmp_path / "val.txt").write_text("gone.mp4\nnone.mp4\n")
+    run = pretrain_run(video_folder, tmp_path / "run", None, strategy="random", target="pixels")
+    with pytest.raises(ValueError, match=r"none of 2 videos could be used; the last one: .*none\.mp4"):
+        pretrain(dataclasses.replace(run, val=tmp_path / "val.txt"))
+    assert not run.out.exists()
+
+
+def test_a_run_cannot_begin_with_what_it_replaces(video_folder, tokenizer_dir, tmp_path):
+    run = pretrain_run(video_folder, tmp_path / "run", tokenizer_dir, init=tmp_path / "x" / ".." / "run")
+    with pytest.raises(ValueError, match=r"init: expected another folder than --out, got .*run for both"):
+        pretrain(run)
+
+
 def break_steps(monkeypatch, broken) -> None:
     """Make the loss of these steps NaN."""
     original = AdaptiveTokenizer.forward
@@ -333,6 +374,17 @@ def test_damaged_models_are_named(tokenizer_dir, tmp_path):
         with pytest.raises(ValueError, match=f"{name}: is no readable AdaptiveTokenizer") as caught:
             checkpoint.load(AdaptiveTokenizer, folder)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_model_that_is_not_made_of_numbers_is_refused(number, tokenizer_dir, tmp_path):
+    model = checkpoint.load(AdaptiveTokenizer, tokenizer_dir)
+    with torch.no_grad():
+        model.encoder.stem.weight[0, 0, 0, 0, 0] = number
+    checkpoint.save(model, tmp_path / "run")
+    words = r"run: is no readable AdaptiveTokenizer: expected numbers, found NaN or infinity in encoder\.stem\.weight"
+    with pytest.raises(ValueError, match=words):
+        checkpoint.load(AdaptiveTokenizer, tmp_path / "run")
 
 
 def test_a_model_of_another_kind_or_version_is_refused(tokenizer_dir, tmp_path):

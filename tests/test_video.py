@@ -654,6 +654,18 @@ def test_frames_that_torchcodec_finds_elsewhere_are_not_taken(videos, monkeypatc
     assert torch.equal(load_clip(videos("h264.mp4"), frames=6, size=CLIP, start=0), expected)
 
 
+def test_pictures_that_torchcodec_turns_are_not_taken(videos, monkeypatch):
+    class Turned(FakeDecoder):
+        def get_frames_at(self, indices):
+            found = super().get_frames_at(indices)
+            found.data = found.data.rot90(1, (1, 2))
+            return found
+
+    expected = load_clip(videos("h264.mp4"), frames=6, size=CLIP)
+    monkeypatch.setattr("vmae.video._torchcodec", lambda: types.SimpleNamespace(VideoDecoder=Turned))
+    assert torch.equal(load_clip(videos("h264.mp4"), frames=6, size=CLIP), expected)
+
+
 def test_real_torchcodec_gives_the_same_frames(videos, monkeypatch):
     monkeypatch.undo()
     decoders = pytest.importorskip("torchcodec.decoders")

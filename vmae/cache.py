@@ -4,9 +4,11 @@ A shard is a safetensors file with many entries, written whole or not at all und
 processes can fill one folder. An entry is found by its key alone: a hash of everything that it depends on.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import time
 import uuid
 import zlib
 from collections.abc import Sequence
@@ -67,6 +69,10 @@ class Cache:
         self._known: set[str] = set()
         self._new: dict[str, tuple[Tensor, ...]] = {}
         self._opened = functools.lru_cache(maxsize=16)(_open)
+        for left in self.folder.glob(".*.safetensors.*.part"):  # by a writer that was killed, if it is old
+            with contextlib.suppress(OSError):
+                if left.stat().st_mtime < time.time() - 3600:
+                    left.unlink()
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:  # for processes that are not forked: files are opened anew

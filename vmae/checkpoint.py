@@ -24,7 +24,7 @@ except ImportError:  # the models need torch alone; only saving and loading need
         pass
 
 
-CONFIG, WEIGHTS, RUN = "config.json", "model.safetensors", "run.json"
+CONFIG, WEIGHTS, RUN, LOG = "config.json", "model.safetensors", "run.json", "log.jsonl"
 
 
 @contextlib.contextmanager
@@ -61,6 +61,8 @@ def check_writable(path: str | Path) -> None:
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise ValueError(f"{path}: expected {above} to be a folder, found a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: expected a folder to write to, {above} is read-only")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -130,7 +132,10 @@ def save_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], director
     metadata = {"facts": text, "checksum": str(_checksum_of_state(tensors, text))}
     with replacing(directory / STATE.format(step)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-    for path in _states(directory)[:-STATES_KEPT]:
+    every = states(directory)
+    now = every.index(directory / STATE.format(step)) + 1
+    # Later ones than this are damaged, or it would not have been reached again.
+    for path in (*every[:now][:-STATES_KEPT], *every[now:]):
         path.unlink()
 
 
@@ -145,7 +150,7 @@ def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
     from safetensors import SafetensorError, safe_open
 
     complaints = []
-    for path in reversed(_states(directory)):
+    for path in reversed(states(directory)):
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
@@ -161,12 +166,13 @@ def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
     return None
 
 
-def _states(directory: Path) -> list[Path]:
+def states(directory: Path) -> list[Path]:
+    """The files of `save_state`, by step."""
     return sorted(directory.glob("state-*.safetensors"))
 
 
 def clear_states(directory: Path) -> None:
-    for path in _states(directory):
+    for path in states(directory):
         path.unlink()
 
 
@@ -199,7 +205,12 @@ def load(cls: type[T], directory: str | Path, device: str | torch.device = "cpu"
     """
     with _complaints(cls, directory):
         _read_config(cls, directory)
-        return cls.from_pretrained(directory, map_location=str(device))
+        model = cls.from_pretrained(directory, map_location=str(device))
+        assert isinstance(model, nn.Module)
+        for name, value in model.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(f"expected numbers, found NaN or infinity in {name}")
+        return model
 
 
 def load_config(cls: type[Saved], directory: str | Path) -> Any:
@@ -210,6 +221,8 @@ def load_config(cls: type[Saved], directory: str | Path) -> Any:
 
 def _read_config(cls: type[Saved], directory: str | Path) -> dict[str, Any]:
     config = json.loads((Path(directory) / CONFIG).read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"expected {CONFIG} to hold settings by name, found {config!r}")
     if (found := config.pop("model", None)) != cls.__name__:
         raise ValueError(f"expected {cls.__name__}, found {found}")
     known = {field.name for field in fields(get_type_hints(cls.__init__)["config"])}

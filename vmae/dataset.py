@@ -4,8 +4,11 @@ import copy
 import csv
 import functools
 import itertools
+import multiprocessing
 import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,12 +48,12 @@ def read_entries(source: str | Path) -> list[tuple[Path, int]]:
 def _read_list(source: Path) -> list[tuple[Path, int]]:
     try:
         lines = source.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
+        header = [name.strip() for name in next(csv.reader(lines[:1]), [])]
+    except (UnicodeDecodeError, csv.Error) as error:
         raise VideoError(f"{source}: expected a text file that lists videos") from error
-    header = next(csv.reader(lines[:1]), [])
     rows: list[tuple[int, str, str]] = []
     if "path" in header:
-        for number, row in enumerate(csv.DictReader(lines), 2):
+        for number, row in enumerate(csv.DictReader(lines[1:], header, skipinitialspace=True), 2):
             rows.append((number, row["path"] or "", row.get("label") or "-1"))
     else:
         for number, line in enumerate(map(str.strip, lines), 1):
@@ -62,7 +65,7 @@ def _read_list(source: Path) -> list[tuple[Path, int]]:
             elif line:
                 rows.append((number, line, "-1"))
     for number, name, label in rows:
-        if not name or not _is_integer(label):
+        if not name or not _is_integer(label) or abs(int(label)) >= 2**31:
             raise VideoError(f"{source}:{number}: expected a path and an integer label, got {name!r} and {label!r}")
     return [(source.parent / name, int(label)) for _, name, label in rows]
 
@@ -138,6 +141,17 @@ class ClipDataset(Dataset):
         return rest, taken
 
 
+def check_usable(dataset: ClipDataset) -> None:
+    """Raise `VideoError` if none of the videos can be used."""
+    for index in range(len(dataset)):
+        try:
+            dataset[index]
+            return
+        except VideoError as error:
+            last = error
+    raise VideoError(f"none of {len(dataset)} videos could be used; the last one: {last}")
+
+
 class Batch(NamedTuple):
     """Clips uint8 [B, 3, T, H, W] in channels_last_3d, labels int64 [B], and what came with them."""
 
@@ -145,15 +159,12 @@ class Batch(NamedTuple):
     labels: Tensor
     extras: tuple[Tensor, ...]
     """Of `Extras`, stacked."""
+    own: Tensor
+    """bool [B]: false for a clip that stands in the place of a video that cannot be used."""
     skipped: list[str]
     """Why videos were left out on the way to this batch, one line each."""
     seconds: float
     """That reading and decoding took, in whichever process."""
-
-    def head(self, count: int) -> "Batch":
-        """The first clips."""
-        extras = tuple(tensor[:count] for tensor in self.extras)
-        return self._replace(clips=self.clips[:count], labels=self.labels[:count], extras=extras)
 
     def to(self, device: torch.device) -> "Batch":
         """With the clips, which are what is large, on a device."""
@@ -233,11 +244,13 @@ def _collate(items: list[_Item | Exception]) -> Batch | Exception:
         if isinstance(item, Exception):
             return item
     clips, labels, extras, skipped, seconds = zip(*items, strict=True)
+    own = torch.tensor([not reasons for reasons in skipped])
     return Batch(
         # Stacked as frames, so that the batch keeps the decoder's channels-last layout.
         torch.stack([clip.permute(1, 2, 3, 0) for clip in clips]).permute(0, 4, 1, 2, 3),
         torch.tensor(labels),
         tuple(torch.stack(values) for values in zip(*extras, strict=True)),
+        own,
         [reason for reasons in skipped for reason in reasons],
         sum(seconds),
     )
@@ -246,7 +259,20 @@ def _collate(items: list[_Item | Exception]) -> Batch | Exception:
 def start_worker(_: int) -> None:
     """What a decoding process does first."""
     torch.set_num_threads(1)  # the workers are the parallelism
-    os.setsid()  # Ctrl-C, and what else is sent to a run's whole group of processes, is for the run alone
+    # What is sent to a whole group of processes, or to all of a job's, is for the run alone.
+    os.setsid()
+    if hasattr(signal, "sigtimedwait"):  # on Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(run: Any) -> None:
+    """End this process when its run ends or says so. PyTorch's own watch misses a run that is killed as this begins."""
+    while run.is_alive():
+        told = signal.sigtimedwait({signal.SIGTERM}, 2)
+        if told is not None and told.si_pid == run.pid:
+            break
+    os._exit(0)
 
 
 def batches(

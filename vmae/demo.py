@@ -15,7 +15,6 @@ from vmae.tokenizer import AdaptiveTokenizer
 from vmae.tokenizer_training import TokenizerRun, train_tokenizer
 from vmae.tokens import check_clip
 from vmae.training import (
-    LOG,
     Clips,
     Optimisation,
     autocast,
@@ -90,7 +89,7 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
     print("4/4  Drawing the page")
     tokenizer = checkpoint.load(AdaptiveTokenizer, tokenizer_dir)
     page([section(path, tokenizer, name) for name, path in clips.items()], Masking(), out / "page.html")
-    logs = {"tokenizer: pixel loss": tokenizer_dir / LOG, "MAE: latent loss": mae_dir / LOG}
+    logs = {"tokenizer: pixel loss": tokenizer_dir / checkpoint.LOG, "MAE: latent loss": mae_dir / checkpoint.LOG}
     loss_plot(logs, out / "loss.png")
     for title, log in logs.items():
         losses = read_losses(log)

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,10 @@ def start(device: torch.device) -> torch.device:
     if not dist.is_torchelastic_launched():
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(f"nproc-per-node: expected at most one process for each of {count} GPUs, got {number + 1}")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -40,8 +44,9 @@ def stop() -> None:
 
 
 def barrier() -> None:
+    """Wait for all processes, for days if need be, unlike for what they do together."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
 def say(text: str) -> None:

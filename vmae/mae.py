@@ -152,6 +152,7 @@ class VideoMAE(nn.Module, Saved):
         scores: Tensor | None = None,
         seed: int | None = None,
         row: int = 0,
+        reduction: Literal["mean", "none"] = "mean",
     ) -> Tensor:
         """One pretraining step's loss, a scalar: mean squared error over the tokens that the decoder reconstructs.
 
@@ -162,13 +163,18 @@ class VideoMAE(nn.Module, Saved):
                 "adaptive", and for "everest" those of the present patch embedding (see `everest_scores`).
             seed: of the masks; None draws one from torch's default generator.
             row: the first clip's place in the batch that this one is a part of: parts are masked as the whole is.
+            reduction: "none" gives each clip's own loss, [B].
 
         Raises:
-            ValueError: shapes do not match, or tokens or scores are missing.
+            ValueError: shapes do not match, or tokens or scores are missing, or another reduction is asked for.
         """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction: expected mean or none, got {reduction!r}")
         mask, selected = self.masks(clip, tokens, scores=scores, seed=seed, row=row)
-        prediction = self.predict(clip, mask.visible, selected)
-        return F.mse_loss(prediction.float(), self.target(clip, tokens, selected))
+        prediction, target = self.predict(clip, mask.visible, selected).float(), self.target(clip, tokens, selected)
+        if reduction == "none":
+            return (prediction - target).square().mean((1, 2))
+        return F.mse_loss(prediction, target)
 
     def masks(
         self,

@@ -91,6 +91,11 @@ def evaluated_mae(folder: Path, run: PretrainRun) -> MaeEvaluation:
     model = checkpoint.load(VideoMAE, folder, device)
     tokenizer = checkpoint.load(AdaptiveTokenizer, run.tokenizer, device)
     context = functools.partial(autocast, device, run.optimisation.precision)
+    if model.config.target == "latent" and (found := len(tokenizer.config.levels)) != model.config.latent_width:
+        raise ValueError(
+            f"tokenizer: expected latents of {model.config.latent_width} numbers, as the model in {folder} predicts, "
+            f"got one of {found}"
+        )
     skipped: list[str] = []
 
     def clips(dataset: ClipDataset, name: str) -> Iterator[tuple[Tensor, Tokens]]:
@@ -112,7 +117,9 @@ def evaluated_mae(folder: Path, run: PretrainRun) -> MaeEvaluation:
     total, count = torch.zeros(()), 0
     for clip, tokens in clips(clips_of(run, start="center"), "training clips"):
         total, count = total.to(device) + targets(clip, tokens), count + 1
-    positions = total / max(count, 1)
+    if not count:
+        raise VideoError(f"{run.data}: none of its videos could be used; the last one: {skipped[-1]}")
+    positions = total / count
 
     strategies: list[Strategy] = [strategy for strategy in STRATEGIES if strategy != "flow" or flow_available()]
     figures: dict[Strategy, list[list[float]]] = {strategy: [] for strategy in strategies}
@@ -165,7 +172,8 @@ def mae_table(result: MaeEvaluation) -> str:
     head = ("tokens of", "tokens", "model", "constant", "position", "nearest", "motion", "overlap")
     lines = [
         f"{result.model}: trained with {result.trained_with}; {result.clips} clips of {result.frames} frames, "
-        f"{result.size} px, {len(result.skipped)} skipped",
+        f"{result.size} px",
+        *(f"skipped: {reason}" for reason in result.skipped),
         f"mean squared error of the {result.target} target, by which tokens it is taken over and by what is guessed",
         "{:<14}{:>8}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}".format(*head),
     ]

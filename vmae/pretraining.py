@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vmae import checkpoint, distributed
+from vmae import checkpoint, distributed, resume
 from vmae.cache import Cache
-from vmae.dataset import Batch, ClipDataset, batches
+from vmae.dataset import Batch, ClipDataset, batches, check_usable
 from vmae.flow import flow_available
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import SCORED, Strategy
@@ -76,6 +77,8 @@ class PretrainRun:
             )
         if self.strategy == "flow" and not flow_available():
             raise ValueError("strategy: expected OpenCV for flow, run: pip install opencv-python-headless")
+        if self.init is not None and self.init.resolve() == self.out.resolve():
+            raise ValueError(f"init: expected another folder than --out, got {self.init} for both")
         if self.cache and not self.views:
             raise ValueError(
                 "views: expected at least 1 with --cache, which holds so many random views of each video, got 0"
@@ -90,6 +93,9 @@ def pretrain(run: PretrainRun) -> Path:
     model = _model(run).to(device)
     targets = _targets(run, model, device)
     dataset, val = _datasets(run)
+    resume.check(run, dataset)
+    if val:
+        check_usable(val)
     _fill(run, targets, dataset, val)
     return fit(_Pretraining(model, targets, val, run, device), dataset, run, targets.extras)
 
@@ -183,10 +189,14 @@ class _Pretraining(Task):
     ):
         super().__init__(model)
         self.targets, self.val, self.run, self.device = targets, val, run, device
+        self.told: set[str] = set()  # why validation videos were left out
 
     def loss(self, batch: Batch, *, step: int, seed: int, row: int) -> Tensor:
+        return self._loss(batch, seed, row, "mean")
+
+    def _loss(self, batch: Batch, seed: int, row: int, reduction: str) -> Tensor:
         tokens, scores = self.targets.of(batch, self.device)
-        return self.parallel(batch.clips, tokens, scores=scores, seed=seed, row=row)
+        return self.parallel(batch.clips, tokens, scores=scores, seed=seed, row=row, reduction=reduction)
 
     def save(self, out: Path) -> dict[str, Any]:
         checkpoint.save(self.model, out)
@@ -208,20 +218,23 @@ class _Pretraining(Task):
 
     @torch.no_grad()
     def _validation_loss(self, val: ClipDataset) -> float:
-        """The mean loss over the clips, with the same masks each time."""
+        """The mean loss over the clips, with the same masks each time; unusable videos are named, once."""
         options, (rank, processes) = self.run.optimisation, distributed.world()
         size, row = options.batch_size, rank * options.batch_size // processes
         clips = batches(val, size, workers=self.run.clips.workers, part=(rank, processes), extras=self.targets.extras)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.model.eval()
         for number in range(math.ceil(len(val) / size)):
-            batch = next(clips)
-            count = min(max(len(val) - number * size - row, 0), len(batch.clips))
-            # With nothing left for it a process calls the model all the same: the others may need its parameters.
-            batch = batch.head(max(count, 1)).to(self.device)
+            batch = next(clips).to(self.device)
             with autocast(self.device, options.precision):
-                loss = self.loss(batch, step=-1, seed=VALIDATION_SEED + number, row=row)
-            sums += torch.stack((loss.double() * count, torch.tensor(float(count), device=self.device)))
+                losses = self._loss(batch, VALIDATION_SEED + number, row, "none")
+            # The last batch's end is the next epoch's, and a substitute counts where it has its own place.
+            counted = batch.own & (number * size + row + torch.arange(len(batch.own)) < len(val))
+            sums += torch.stack((losses, torch.ones_like(losses)), 1)[counted.to(self.device)].double().sum(0)
+            for reason in batch.skipped:
+                if reason not in self.told:
+                    self.told.add(reason)
+                    print(f"skipped in validation: {reason}", file=sys.stderr)
         self.model.train()
         loss, count = distributed.total(sums).tolist()
         return loss / count

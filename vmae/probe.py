@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vmae import checkpoint
+from vmae.cache import content_hash
 from vmae.dataset import ClipDataset, read_entries, start_worker
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import Grid
@@ -425,12 +427,27 @@ def read_lists(train: Path, val: Path) -> tuple[list[Path], Tensor, int]:
     known = sorted({label for _, label in lists["train"]})
     if unknown := sorted({label for _, label in lists["val"]} - set(known)):
         raise ValueError(f"val: expected labels of the training videos, got {', '.join(map(str, unknown))}")
-    seen = {path.resolve() for path, _ in lists["train"]}
-    if shared := [path for path, _ in lists["val"] if path.resolve() in seen]:
-        raise ValueError(f"val: expected videos that are not in the training list, got {shared[0]} in both")
     entries = lists["train"] + lists["val"]
+    seen: dict[str, int] = {}
+    for number, content in enumerate(_identities([path for path, _ in entries])):
+        first = seen.setdefault(content, number)
+        (path, label), (before, known_label) = entries[number], entries[first]
+        if first < len(lists["train"]) <= number:
+            raise ValueError(f"val: expected videos that are not in the training list, got {path}, there as {before}")
+        if label != known_label:
+            raise ValueError(f"train, val: expected one label for a video, got {known_label} and {label} for {path}")
     labels = torch.tensor([known.index(label) for _, label in entries])
     return [path for path, _ in entries], labels, len(lists["train"])
+
+
+def _identities(paths: Sequence[Path]) -> list[str]:
+    """For each file what only its copies have too. Read are those alone whose size another one has."""
+    sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
+    often = Counter(sizes)
+    return [
+        content_hash(path) if size >= 0 and often[size] > 1 else str(path.resolve())
+        for path, size in zip(paths, sizes, strict=True)
+    ]
 
 
 def _check_left(labels: Tensor, trained: int, skipped: dict[int, str]) -> None:

@@ -35,16 +35,36 @@ class Position(NamedTuple):
     """Steps that changed nothing, up to here in a row."""
 
 
-def save(
-    task: "Task", optimizer: torch.optim.Optimizer, dataset: ClipDataset, directory: Path, position: Position
-) -> None:
+def settings(run: "Run", dataset: ClipDataset) -> dict[str, Any]:
+    """What `run.json` tells of a run."""
+    return {**json.loads(json.dumps(asdict(run), default=str)), "videos": _fingerprint(dataset)}
+
+
+def check(run: "Run", dataset: ClipDataset) -> None:
+    """Before any work: raise `ValueError` if a run is to go on that began with other settings or videos."""
+    file = run.out / checkpoint.RUN
+    if not run.resume or not (file.exists() or checkpoint.states(run.out)):
+        return
+    try:
+        before, now = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(settings(run, dataset))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: expected the settings of the run to go on with, found none ({error})") from error
+    for name in sorted(now.keys() | before.keys()):
+        if name == "videos" and now[name] != before.get(name):
+            raise ValueError(f"{run.data}: expected the videos that the run in {run.out} began with, found others")
+        if name not in FREE and now.get(name) != before.get(name):
+            raise ValueError(
+                f"{name}: expected {before.get(name)!r}, as the run in {run.out} began with, got {now.get(name)!r}"
+            )
+
+
+def save(task: "Task", optimizer: torch.optim.Optimizer, directory: Path, position: Position) -> None:
     """Write a run's state. Of several processes all must call this, and the first one writes."""
     more, facts = task.state()
     parts = {"model": task.model.state_dict(), "optimizer": optimizer_state(optimizer), "task": more}
     tensors = {f"{part}/{k}": distributed.whole(v) for part, values in parts.items() for k, v in values.items()}
     facts = {
         **position._asdict(),
-        "videos": _fingerprint(dataset),
         "threads": torch.get_num_threads(),
         "processes": distributed.world().size,
         "torch": torch.__version__,
@@ -54,20 +74,16 @@ def save(
         checkpoint.save_state(tensors, facts, directory, position.step)
 
 
-def restore(task: "Task", optimizer: torch.optim.Optimizer, dataset: ClipDataset, run: "Run") -> Position:
-    """Take up a run where its last checkpoint left it; a run that has none begins.
+def restore(task: "Task", optimizer: torch.optim.Optimizer, run: "Run") -> Position:
+    """Take up a run, which `check` has let pass, where its last checkpoint left it; a run that has none begins.
 
     Raises:
-        ValueError: the run began with other settings or videos, or all its checkpoints are damaged.
+        ValueError: all its checkpoints are damaged, or gone.
     """
     saved = checkpoint.load_state(run.out)
     if saved is None:
-        distributed.say(f"{run.out}: holds no checkpoint; the run begins at its first step")
-        return Position()
+        return _without_checkpoint(run)
     tensors, facts = saved
-    _check_same(run, run.out / checkpoint.RUN)
-    if facts["videos"] != _fingerprint(dataset):
-        raise ValueError(f"{run.data}: expected the videos that the run in {run.out} began with, found others")
     if (now := torch.__version__) != facts["torch"]:
         distributed.say(
             f"the run began with torch {facts['torch']}, this is {now}: it may round otherwise from here on"
@@ -114,18 +130,24 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
         distributed.assign(target, state[name])
 
 
-def _check_same(run: "Run", file: Path) -> None:
-    """Raise `ValueError` unless a run's settings are those that it began with."""
+def _without_checkpoint(run: "Run") -> Position:
+    """Begin, unless there is a model that no kill before the first checkpoint can have left."""
     try:
-        before = _flat(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: expected the settings of the run to go on with, found none ({error})") from error
-    now = _flat(json.loads(json.dumps(asdict(run), default=str)))
-    for name in sorted(now.keys() | before.keys()):
-        if name not in FREE and now.get(name) != before.get(name):
-            raise ValueError(
-                f"{name}: expected {before.get(name)!r}, as the run in {file.parent} began with, got {now.get(name)!r}"
-            )
+        before = _flat(json.loads((run.out / checkpoint.RUN).read_text(encoding="utf-8")))
+        done = (run.out / checkpoint.LOG).read_bytes().count(b"\n")
+        began = done <= min(before["save_every"], before["steps"])
+    except (OSError, ValueError, AttributeError, KeyError):
+        done, began = 0, False
+    model = (run.out / checkpoint.WEIGHTS).exists()
+    if model and done == run.optimisation.steps:  # killed after its last step, or the checkpoints were removed
+        return Position(step=done)
+    if model and not began:
+        raise ValueError(
+            f"{run.out}: holds a model but no checkpoint to go on from; choose another --out, or give --overwrite to "
+            "begin again"
+        )
+    distributed.say(f"{run.out}: holds no checkpoint; the run begins at its first step")
+    return Position()
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +158,9 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fingerprint(dataset: ClipDataset) -> str:
-    """Of the videos and their order, wherever their folder lies."""
-    names = [f"{path.name} {label}" for path, label in dataset.entries]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    """Of the videos and their order, wherever their folder lies: of names and labels, and of a thousand sizes."""
+    entries = dataset.entries
+    names = [f"{path.name} {label}" for path, label in entries]
+    paths = [path for path, _ in entries[:: -(-len(entries) // 1000)]]
+    sizes = [path.stat().st_size if path.is_file() else None for path in paths]
+    return hashlib.sha256(json.dumps([names, sizes]).encode()).hexdigest()[:16]

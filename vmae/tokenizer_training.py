@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmae import checkpoint, distributed
+from vmae import checkpoint, distributed, resume
 from vmae.dataset import Batch, ClipDataset
 from vmae.evaluation import Evaluation, code_counts, entropy_bits, evaluate, reconstruction
 from vmae.losses import Discriminator, discriminator_loss, generator_loss, perceptual_distance, r1_penalty
@@ -102,6 +102,7 @@ def train_tokenizer(run: TokenizerRun) -> Path:
     dataset = clips_of(run)
     count = min(int(run.aside * len(dataset)), MOST_ASIDE)
     dataset, aside = dataset.split(count, seed=run.optimisation.seed)
+    resume.check(run, dataset)
     preset: Callable[..., TokenizerConfig] = getattr(TokenizerConfig, run.model)
     config = preset(selection=run.selection, keep=run.keep)
     task = _TokenizerTraining(initialised(config, run.optimisation.seed), run, _clips(aside))

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vmae import checkpoint, distributed, resume
-from vmae.checkpoint import RUN
+from vmae.checkpoint import LOG, RUN
 from vmae.dataset import Batch, ClipDataset, Extras, batches
 from vmae.loader import Loader
 from vmae.memory import memory_gib
 from vmae.tokens import check_clip
 from vmae.video import PLAIN, Augmentation, Start
 
-LOG = "log.jsonl"
 PATIENCE = 5  # steps without a number, in a row
 HINT = "{} holds the last checkpoint, if there was one"
 
@@ -128,6 +127,10 @@ def check_run(run: Run) -> None:
     checkpoint.check_writable(run.out / RUN)
     if run.overwrite and run.resume:
         raise ValueError("resume: expected without --overwrite, which replaces the run that would go on")
+    if run.optimisation.batch_size % (processes := distributed.world().size):
+        raise ValueError(
+            f"batch_size: expected a multiple of the {processes} processes, got {run.optimisation.batch_size}"
+        )
     if run.resume or distributed.world().rank > 0:
         return
     if not run.overwrite and any((run.out / name).exists() for name in (LOG, checkpoint.WEIGHTS)):
@@ -214,12 +217,12 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
     options, out = run.optimisation, run.out
     device = device_of(options.device)
     rank, processes = distributed.world()
-    _warm_up()
     model = task.model.to(device).train()
     task.parallel = distributed.parallel(model, options.parallel, device, unused=task.unused)
     optimizer = adamw(model, options)
-    position = resume.restore(task, optimizer, dataset, run) if run.resume else resume.Position()
+    position = resume.restore(task, optimizer, run) if run.resume else resume.Position()
     first, size, skipped, failures = position
+    _warm_up()  # with the number of threads that there will be
     if first == options.steps:
         distributed.say(f"{out}: all {first} steps are done")
         return out
@@ -231,7 +234,7 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
     loader = Loader(clips, device, workers=run.clips.workers)
     if rank == 0:
         _clear(out, first)
-        checkpoint.write_text(out / RUN, json.dumps(asdict(run), indent=2, default=str) + "\n")
+        checkpoint.write_text(out / RUN, json.dumps(resume.settings(run, dataset), indent=2) + "\n")
     with _Log(out / LOG, size) as log, _progress(options.steps, first, out.name) as bar, _Signals() as signals:
         for step in range(first, options.steps):
             begin = time.perf_counter()
@@ -274,7 +277,7 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
             size = log.write(line, lasting=bool(due or stop))
             if due or stop:
                 position = resume.Position(step + 1, size, skipped, failures)
-                resume.save(task, optimizer, dataset, out, position)
+                resume.save(task, optimizer, out, position)
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.2f} clips/s, {line['memory_gib']:.2f} GiB", refresh=False)
             bar.update()
             loader.next_step(seconds)
@@ -290,10 +293,14 @@ class _Log:
     """A file of json lines, which goes on after its first `size` bytes. Only the first of several processes writes."""
 
     def __init__(self, path: Path, size: int):
-        self.file = open(path, "r+b" if size else "wb") if distributed.world().rank == 0 else None  # noqa: SIM115
+        self.file = open(path, "a+b") if distributed.world().rank == 0 else None  # noqa: SIM115
         if self.file:
+            self.file.seek(0)
+            kept = self.file.read(size)
+            if len(kept) < size:
+                distributed.say(f"{path}: holds less than at the checkpoint; what is missing stays so")
+                size = kept.rfind(b"\n") + 1
             self.file.truncate(size)
-            self.file.seek(size)
 
     def __enter__(self) -> "_Log":
         return self

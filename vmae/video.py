@@ -179,9 +179,10 @@ def _naming(path: Path) -> Iterator[None]:
     """Turn FFmpeg's errors into ones that name the file, and refuse what is no file at all."""
     import av
 
-    if not path.is_file():
-        raise VideoError(f"{path}: expected a video file, found {'a directory' if path.is_dir() else 'no such file'}")
     try:
+        if not path.is_file():
+            found = "a directory" if path.is_dir() else "no such file"
+            raise VideoError(f"{path}: expected a video file, found {found}")
         if path.stat().st_size == 0:
             raise VideoError(f"{path}: the file is empty")
         yield
@@ -412,6 +413,8 @@ def _decode_torchcodec(path: Path, index: _Index, view: View) -> np.ndarray | No
     except (RuntimeError, ValueError, IndexError):  # PyAV names what is wrong, or gets by with it
         return None
     times = found.pts_seconds - (found.pts_seconds[0] - index.times[wanted[0]])
+    if found.data.shape[1:3] != (index.height, index.width):  # turned as the file says, unlike what PyAV gives
+        return None
     if len(times) != len(wanted) or not torch.allclose(times, torch.tensor([index.times[i] for i in wanted]).to(times)):
         return None
     pictures = [_picture(frame.numpy(), view) for frame in found.data]
