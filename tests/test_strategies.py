@@ -554,6 +554,17 @@ def tokenizer(selection: str) -> AdaptiveTokenizer:
     return AdaptiveTokenizer(TokenizerConfig.tiny(selection=selection, **config))
 
 
+@pytest.mark.parametrize("strategy", ["adaptive", "none"])
+def test_each_clips_own_loss(strategy):
+    model, scored = make(strategy), scores(3)
+    losses = model(clip(3), scores=scored, seed=8, row=4, reduction="none")
+    alone = [model(clip(3)[i : i + 1], scores=scored[i : i + 1], seed=8, row=4 + i) for i in range(3)]
+    torch.testing.assert_close(losses, torch.stack(alone))
+    torch.testing.assert_close(losses.mean(), model(clip(3), scores=scored, seed=8, row=4))
+    with pytest.raises(ValueError, match="reduction: expected mean or none, got 'sum'"):
+        model(clip(3), scores=scored, reduction="sum")
+
+
 @pytest.mark.parametrize("selection", ["straight_through", "perturbed"])
 @pytest.mark.parametrize("train", [True, False])
 def test_parts_keep_the_tokens_that_the_whole_keeps(selection, train):

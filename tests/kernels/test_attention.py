@@ -178,6 +178,27 @@ def test_many_bfloat16_tokens_are_nearly_as_exact_as_in_pytorch():
     assert all(mine <= 2 * other for mine, other in zip(ours[1:], theirs[1:], strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_own_precision(large, dtype):
+    tensors = inputs(1, 2, 40, 50, 32)
+    grad = rand(1, 2, 40, 32, seed=9, dtype=dtype)
+    with torch.autocast("cpu", dtype):
+        out = attention(*tensors)
+    grads = torch.autograd.grad(out, tensors, grad)
+    assert out.dtype == dtype
+    lower = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    expected = run(attention, lower, grad)
+    assert torch.equal(out, expected[0])
+    assert all(torch.equal(a, b.float()) for a, b in zip(grads, expected[1:], strict=True))
+
+
+def test_nothing_attends(large):
+    q, k, v = inputs(1, 2, 0, 30, 16, torch.bfloat16)
+    out, *grads = run(attention, (q, k, v), torch.zeros(1, 2, 0, 16, dtype=torch.bfloat16))
+    assert out.shape == (1, 2, 0, 16)
+    assert not any(x.any() for x in grads)
+
+
 def test_a_number_that_is_none_shows_in_the_gradient(large):
     q, k, v = inputs(1, 2, 20, 30, 16, torch.bfloat16)
     grad = rand(1, 2, 20, 16, seed=9, dtype=torch.bfloat16)
