@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from vmae import AdaptiveTokenizer, TokenizerConfig, checkpoint
 from vmae.pretraining import PretrainRun, pretrain
-from vmae.tokenizer_training import TokenizerRun, train_tokenizer
+from vmae.tokenizer_training import TokenizerRun, _TokenizerTraining, train_tokenizer
 from vmae.training import Clips, Optimisation
 
 STEPS = 8
@@ -428,3 +429,15 @@ def test_a_tokenizers_memory_is_complete(video_folder, tmp_path, monkeypatch):
             train_tokenizer(run(f"at {step}"))
         monkeypatch.undo()
         assert outcome(train_tokenizer(run(f"at {step}", resume=True))) == expected
+
+
+@pytest.mark.parametrize("best", [0.25, math.inf])
+def test_what_shows_in_no_figure_is_remembered(best, video_folder, tmp_path):
+    run = TokenizerRun(video_folder, tmp_path / "run", model="tiny")
+    before, after = (
+        _TokenizerTraining(AdaptiveTokenizer(TokenizerConfig.tiny(width=8, scorer_width=8)), run, []) for _ in range(2)
+    )
+    before.best, before.adversarial, before.discriminator_loss, before.failures = best, True, 0.125, 3
+    tensors, facts = before.state()
+    after.restore(tensors, json.loads(json.dumps(facts)))
+    assert (after.best, after.adversarial, after.discriminator_loss, after.failures) == (best, True, 0.125, 3)
