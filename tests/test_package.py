@@ -50,6 +50,29 @@ def test_wheel_holds_both_packages_and_the_command(wheel, tmp_path):
     assert answer.count(str(tmp_path)) == 2
 
 
+def test_one_thread_makes_the_first_call_to_mkls_vector_mathematics():
+    """Several at once can see a half-done answer: seen in one process of thirty, as other last bits in the positions."""
+    code = """
+        import ctypes, torch
+
+        library = ctypes.CDLL(torch.__path__[0] + "/lib/libtorch_cpu.so") if torch.backends.mkl.is_available() else None
+        if not hasattr(library, "mkl_vml_serv_cpu_detect"):
+            raise SystemExit
+        start = ctypes.cast(library.mkl_vml_serv_cpu_detect, ctypes.c_void_p).value
+        assert ctypes.string_at(start, 2) == bytes((0x8B, 0x05))  # it begins with loading what it knows
+        known = ctypes.c_int.from_address(start + 6 + ctypes.c_int.from_address(start + 2).value)
+        print(known.value)
+        import vmae_kernels
+        print(known.value)
+    """
+    answer = run(code)
+    if not answer:
+        pytest.skip("this PyTorch holds no MKL")
+    before, after = map(int, answer.split())
+    assert before == -1
+    assert after >= 0
+
+
 BLOCK = """
     import sys
 

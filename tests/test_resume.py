@@ -41,9 +41,6 @@ def commands(video_folder, tokenizer_dir) -> dict[str, list[str]]:
 
 
 def start(command: list[str], out: Path, *more: str, **options) -> subprocess.Popen:
-    # With two threads one process in some fifty rounds the gradients of LayerNorm's weights otherwise in its first
-    # steps, whether it was stopped or not, for a reason that is not known yet: what is compared here is stopping.
-    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "vmae.cli", *command, "--out", str(out), *more]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 

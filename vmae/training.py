@@ -222,7 +222,6 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
     optimizer = adamw(model, options)
     position = resume.restore(task, optimizer, run) if run.resume else resume.Position()
     first, size, skipped, failures = position
-    _warm_up()  # with the number of threads that there will be
     if first == options.steps:
         distributed.say(f"{out}: all {first} steps are done")
         return out
@@ -342,15 +341,6 @@ class _Signals:
         if self.received > 1:
             raise KeyboardInterrupt("stopped at once; --resume goes on from the last checkpoint")
         print("\nstopping after this step; once more to stop at once", file=sys.stderr)
-
-
-def _warm_up() -> None:
-    """Use the vector mathematics once: a process's first call with several threads has been seen to round otherwise."""
-    x = torch.linspace(0.1, 1.0, 1 << 18, requires_grad=True)
-    y = torch.nn.functional.gelu((x.sqrt().exp().log() / x).erf()).softmax(0).sum()
-    y.backward()
-    optimizer = torch.optim.AdamW([x], lr=1e-3, fused=True)
-    optimizer.step()
 
 
 def adamw(model: nn.Module, options: Optimisation) -> torch.optim.AdamW:

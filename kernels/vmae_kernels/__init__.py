@@ -1,5 +1,7 @@
 """Drop-in operations for long-context video models. Needs torch, and nothing else."""
 
+import torch
+
 from .attention import attention, attention_varlen
 from .causal_conv3d import causal_conv3d
 from .decoder_tokens import decoder_tokens
@@ -23,3 +25,7 @@ __all__ = [
     "topk_partition",
     "tubelets",
 ]
+
+# MKL looks up the processor in a process's first call to its vector mathematics, without a lock: of several threads that
+# make this call together, some can see a half-done answer and compute with 26 bits. So here one thread makes it.
+torch.ones(1, device="cpu").sqrt()
