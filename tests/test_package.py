@@ -51,7 +51,7 @@ def test_wheel_holds_both_packages_and_the_command(wheel, tmp_path):
 
 
 def test_one_thread_makes_the_first_call_to_mkls_vector_mathematics():
-    """Several at once can see a half-done answer: seen in one process of thirty, as other last bits in the positions."""
+    """Several at once can see a half-done answer: of thirty processes one had positions with other last bits."""
     code = """
         import ctypes, torch
 

@@ -26,6 +26,6 @@ __all__ = [
     "tubelets",
 ]
 
-# MKL looks up the processor in a process's first call to its vector mathematics, without a lock: of several threads that
-# make this call together, some can see a half-done answer and compute with 26 bits. So here one thread makes it.
+# MKL looks up the processor in a process's first call to its vector mathematics, without a lock: of several threads
+# that make this call together, some can see a half-done answer and compute with 26 bits. So here one thread makes it.
 torch.ones(1, device="cpu").sqrt()
