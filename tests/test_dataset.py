@@ -478,6 +478,26 @@ def test_a_program_that_leaves_its_workers_ends(folder):
     assert done.stderr == ""
 
 
+def test_ctrl_c_is_not_for_the_workers(folder):
+    """A terminal sends it to the whole group; the run decides when to stop, and may want clips until then."""
+    code = f"""
+import itertools, os, signal, sys
+from vmae import ClipDataset, batches
+
+clips = batches(ClipDataset(sys.argv[1], frames=2, size={CLIP}), 1, workers=2)
+next(clips)
+signal.signal(signal.SIGINT, lambda *_: None)
+os.killpg(0, signal.SIGINT)
+print(len(list(itertools.islice(clips, 20))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "20\n"
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("start", ["center", 5])
 def test_fixed_starts_in_batches(folder, start):
     dataset = ClipDataset(folder / "train.csv", frames=4, size=CLIP, start=start)

@@ -202,6 +202,8 @@ def test_the_log_is_cut_to_the_checkpoint(halted, whole):
 
 def test_two_checkpoints_are_kept(halted):
     assert [p.name for p in sorted(halted.out.glob("state-*"))] == [f"state-0000000{i}.safetensors" for i in (1, 2)]
+    pretrain(halted)
+    assert [p.name for p in sorted(halted.out.glob("state-*"))] == [f"state-0000000{i}.safetensors" for i in (3, 4)]
 
 
 def test_what_a_kill_left_half_written_goes(halted):
