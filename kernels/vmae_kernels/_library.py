@@ -5,33 +5,45 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from . import _triton
 
 NAMESPACE = "vmae_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def require_implementation(operation: str) -> None:
-    """Raise if VMAE_KERNELS forces an implementation that `operation` does not have.
+def _by_kernel(operation: str, x: Tensor) -> bool:
+    """Whether VMAE_KERNELS gives a call on tensors like x to the Triton kernel, rather than to the reference.
 
-    `auto` (the default) and `torch` run the reference; `triton` is refused until an operation has a Triton kernel.
+    Raises:
+        ValueError: it asks for what cannot be.
     """
     choice = os.environ.get("VMAE_KERNELS", "auto")
     if choice not in ("auto", "triton", "torch"):
         raise ValueError(f"VMAE_KERNELS: expected auto, triton or torch, got {choice!r}")
-    if choice == "triton":
-        raise ValueError(f"VMAE_KERNELS=triton, but {operation} has no Triton kernel yet: expected auto or torch")
+    if choice == "torch" or (choice == "auto" and x.is_cpu):
+        return False
+    reason = _triton.why_not(x)
+    if choice == "triton" and reason:
+        raise ValueError(f"VMAE_KERNELS=triton: {operation} expected {reason}")
+    return reason is None
 
 
 def register(
     schema: str,
-    implementation: Callable[..., Any],
+    reference: Callable[..., Any],
     *,
     fake: Callable[..., Any],
+    kernel: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     autocast: int = 0,
 ) -> None:
     """Define an opaque operation for CPU and CUDA; `fake` gives the shapes of its results.
+
+    `kernel`, with the arguments of `reference`, launches the Triton kernel; VMAE_KERNELS chooses. Without one there is
+    nothing to choose: the operation is what another one has chosen.
 
     Under autocast the first `autocast` arguments are cast, the others never: without a rule of its own an operation
     can come out in one dtype eagerly and in another one compiled.
@@ -39,18 +51,22 @@ def register(
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
-        _library.impl(name, _checked(name, implementation), device)
+        _library.impl(name, _dispatching(name, reference, kernel) if kernel else reference, device)
         _library.impl(name, _autocast_rule(name, device.lower(), autocast), f"Autocast{device}")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
 
 
-def register_composite(schema: str, implementation: Callable[..., Any]) -> None:
-    """Define an operation made of PyTorch's own differentiable ones: autograd, autocast and fakes are theirs."""
+def register_composite(schema: str, reference: Callable[..., Any], *, kernel: Callable[..., Any] | None = None) -> None:
+    """Define an operation made of differentiable ones, PyTorch's or ours: autograd, autocast and fakes are theirs.
+
+    One that is not for Triton to do has no `kernel`, and VMAE_KERNELS does not concern it.
+    """
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _checked(name, implementation), "CompositeImplicitAutograd")
+    run = _dispatching(name, reference, kernel) if kernel else reference
+    _library.impl(name, run, "CompositeImplicitAutograd")
 
 
 def register_factory(schema: str, implementation: Callable[..., Any], *, fake: Callable[..., Any]) -> None:
@@ -61,10 +77,9 @@ def register_factory(schema: str, implementation: Callable[..., Any], *, fake: C
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
-def _checked(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+def _dispatching(name: str, reference: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        require_implementation(name)
-        return implementation(*args)
+        return (kernel if _by_kernel(name, args[0]) else reference)(*args)
 
     return run
 

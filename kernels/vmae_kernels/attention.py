@@ -1,11 +1,345 @@
 """Memory-efficient attention: dense, through an index into keys and values, and on packed sequences."""
 
+import math
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import reference
 from ._checks import FLOATS, INTEGERS, count, dtype_in, same_device, same_dtype, sizes
 from ._library import register, register_composite
+from ._triton import jit, on_device, power_of_2, tl
+from .gather_tokens import place
+
+# --- the kernels -----------------------------------------------------------------------------------------------------
+
+
+@jit
+def _start(p_cu, b, PACKED: tl.constexpr):
+    """Where sequence b starts among the rows; 0 where sequences are rows of a batch."""
+    return tl.load(p_cu + b).to(tl.int64) if PACKED else tl.zeros((), tl.int64)
+
+
+@jit
+def _length(p_cu, b, length, PACKED: tl.constexpr):
+    return tl.load(p_cu + b + 1) - tl.load(p_cu + b) if PACKED else length
+
+
+@jit
+def _key_rows(p_indices, o_n, n, total, stride_is, INDEXED: tl.constexpr):
+    """The rows of keys o_n, of n, among `total` rows: these very ones, or those that indices name."""
+    if INDEXED:
+        rows = tl.load(p_indices + o_n.to(tl.int64) * stride_is, mask=o_n < n, other=0).to(tl.int64)
+        return tl.minimum(tl.maximum(rows, 0), total - 1)  # one that lies outside reads some row
+    return o_n.to(tl.int64)
+
+
+@jit
+def _load_rows(p, rows, mask, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D]: the rows of a tensor, and zeros beyond D and where not mask."""
+    o_d = tl.arange(0, BLOCK_D)
+    return tl.load(p + (rows * stride_row)[:, None] + o_d * stride_d, mask=mask[:, None] & (o_d < D), other=0.0)
+
+
+@jit
+def _forward_kernel(
+    p_q, p_k, p_v, p_o, p_lse, p_indices, p_cu_q, p_cu_k, heads, m, n, total, scale,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_ib, stride_is, stride_lse,
+    PACKED: tl.constexpr, INDEXED: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One block of queries: softmax with a running maximum, in powers of 2; lse [M] in the same."""
+    blocks = tl.cdiv(m, BLOCK_M)
+    b, h = (tl.program_id(0) // blocks // heads).to(tl.int64), (tl.program_id(0) // blocks % heads).to(tl.int64)
+    first, first_key = _start(p_cu_q, b, PACKED), _start(p_cu_k, b, PACKED)
+    m, n = _length(p_cu_q, b, m, PACKED), _length(p_cu_k, b, n, PACKED)
+    batch = tl.zeros((), tl.int64) if PACKED else b
+    o_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < m
+    rows = first + o_m
+    b_q = _load_rows(p_q + batch * stride_qb + h * stride_qh, rows, m_m, stride_qm, stride_qd, D, BLOCK_D)
+    p_k += batch * stride_kb + h * stride_kh
+    p_v += batch * stride_vb + h * stride_vh
+    b_o = tl.zeros((BLOCK_M, BLOCK_D), WIDE)
+    b_max = tl.full((BLOCK_M,), float("-inf"), WIDE)
+    b_sum = tl.zeros((BLOCK_M,), WIDE)
+    for start in range(0, n, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < n
+        keys = first_key + _key_rows(p_indices + b * stride_ib, o_n, n, total, stride_is, INDEXED)
+        b_k = _load_rows(p_k, keys, m_n, stride_kn, stride_kd, D, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee", out_dtype=WIDE) * scale
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        b_next = tl.maximum(b_max, tl.max(b_s, 1))
+        b_next = tl.where(b_next == float("-inf"), 0.0, b_next)  # no key has counted yet
+        b_p = tl.exp2(b_s - b_next[:, None])
+        b_kept = tl.exp2(b_max - b_next)
+        b_sum = b_sum * b_kept + tl.sum(b_p, 1)
+        b_v = _load_rows(p_v, keys, m_n, stride_vn, stride_vd, D, BLOCK_D)
+        b_o = b_o * b_kept[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee", out_dtype=WIDE)
+        b_max = b_next
+    b_o = b_o / tl.where(b_sum == 0, 1.0, b_sum)[:, None]  # 0 for no keys
+    o_d = tl.arange(0, BLOCK_D)
+    p_o += batch * stride_ob + h * stride_oh + (rows * stride_om)[:, None] + o_d
+    tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=m_m[:, None] & (o_d < D))
+    tl.store(p_lse + (batch * heads + h) * stride_lse + rows, b_max + tl.log2(b_sum), mask=m_m)
+
+
+@jit
+def _delta_kernel(
+    p_grad, p_o, p_delta, m, heads, stride_gb, stride_gh, stride_gm, stride_gd, stride_ob, stride_oh, stride_om,
+    D: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """delta = the sum of grad * o over a row."""
+    blocks = tl.cdiv(m, BLOCK_M)
+    b, h = (tl.program_id(0) // blocks // heads).to(tl.int64), (tl.program_id(0) // blocks % heads).to(tl.int64)
+    o_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m, rows = o_m < m, o_m.to(tl.int64)
+    b_grad = _load_rows(p_grad + b * stride_gb + h * stride_gh, rows, m_m, stride_gm, stride_gd, D, BLOCK_D)
+    b_o = _load_rows(p_o + b * stride_ob + h * stride_oh, rows, m_m, stride_om, 1, D, BLOCK_D)
+    tl.store(p_delta + (b * heads + h) * m + rows, tl.sum(b_grad.to(WIDE) * b_o.to(WIDE), 1), mask=m_m)
+
+
+@jit
+def _keys_backward_kernel(
+    p_grad, p_q, p_k, p_v, p_lse, p_delta, p_dk, p_dv, p_indices, p_cu_q, p_cu_k, heads, m, n, total, scale, factor,
+    stride_gb, stride_gh, stride_gm, stride_gd, stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_db, stride_dh, stride_dn, stride_ib, stride_is, stride_lse,
+    PACKED: tl.constexpr, INDEXED: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: their gradients, and their values', summed over all queries in turn."""
+    blocks = tl.cdiv(n, BLOCK_N)
+    b, h = (tl.program_id(0) // blocks // heads).to(tl.int64), (tl.program_id(0) // blocks % heads).to(tl.int64)
+    first, first_key = _start(p_cu_q, b, PACKED), _start(p_cu_k, b, PACKED)
+    m, n = _length(p_cu_q, b, m, PACKED), _length(p_cu_k, b, n, PACKED)
+    batch = tl.zeros((), tl.int64) if PACKED else b
+    o_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n
+    keys = first_key + _key_rows(p_indices + b * stride_ib, o_n, n, total, stride_is, INDEXED)
+    b_k = _load_rows(p_k + batch * stride_kb + h * stride_kh, keys, m_n, stride_kn, stride_kd, D, BLOCK_D)
+    b_v = _load_rows(p_v + batch * stride_vb + h * stride_vh, keys, m_n, stride_vn, stride_vd, D, BLOCK_D)
+    p_q += batch * stride_qb + h * stride_qh
+    p_grad += batch * stride_gb + h * stride_gh
+    p_lse += (batch * heads + h) * stride_lse
+    p_delta += (batch * heads + h) * stride_lse
+    b_dk = tl.zeros((BLOCK_N, BLOCK_D), WIDE)
+    b_dv = tl.zeros((BLOCK_N, BLOCK_D), WIDE)
+    for start in range(0, m, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        m_m, rows = o_m < m, first + o_m
+        b_q = _load_rows(p_q, rows, m_m, stride_qm, stride_qd, D, BLOCK_D)
+        b_lse = tl.load(p_lse + rows, mask=m_m, other=float("inf"))  # whose weights are 0
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee", out_dtype=WIDE) * scale
+        b_p = tl.exp2(b_s - b_lse[None, :])  # [BLOCK_N, BLOCK_M]
+        b_grad = _load_rows(p_grad, rows, m_m, stride_gm, stride_gd, D, BLOCK_D)
+        b_dv += tl.dot(b_p.to(b_grad.dtype), b_grad, input_precision="ieee", out_dtype=WIDE)
+        b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision="ieee", out_dtype=WIDE)
+        b_ds = b_p * (b_dp - tl.load(p_delta + rows, mask=m_m, other=0.0)[None, :])
+        b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision="ieee", out_dtype=WIDE)
+    o_d = tl.arange(0, BLOCK_D)
+    mask = m_n[:, None] & (o_d < D)
+    place = batch * stride_db + h * stride_dh + ((first_key + o_n) * stride_dn)[:, None] + o_d
+    tl.store(p_dk + place, (b_dk * factor).to(p_dk.dtype.element_ty), mask=mask)
+    tl.store(p_dv + place, b_dv.to(p_dv.dtype.element_ty), mask=mask)
+
+
+@jit
+def _queries_backward_kernel(
+    p_grad, p_q, p_k, p_v, p_lse, p_delta, p_dq, p_indices, p_cu_q, p_cu_k, heads, m, n, total, scale, factor,
+    stride_gb, stride_gh, stride_gm, stride_gd, stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_db, stride_dh, stride_dm, stride_ib, stride_is, stride_lse,
+    PACKED: tl.constexpr, INDEXED: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One block of queries: their gradients, summed over all keys in turn."""
+    blocks = tl.cdiv(m, BLOCK_M)
+    b, h = (tl.program_id(0) // blocks // heads).to(tl.int64), (tl.program_id(0) // blocks % heads).to(tl.int64)
+    first, first_key = _start(p_cu_q, b, PACKED), _start(p_cu_k, b, PACKED)
+    m, n = _length(p_cu_q, b, m, PACKED), _length(p_cu_k, b, n, PACKED)
+    batch = tl.zeros((), tl.int64) if PACKED else b
+    o_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m, rows = o_m < m, first + o_m
+    b_q = _load_rows(p_q + batch * stride_qb + h * stride_qh, rows, m_m, stride_qm, stride_qd, D, BLOCK_D)
+    b_grad = _load_rows(p_grad + batch * stride_gb + h * stride_gh, rows, m_m, stride_gm, stride_gd, D, BLOCK_D)
+    b_lse = tl.load(p_lse + (batch * heads + h) * stride_lse + rows, mask=m_m, other=float("inf"))
+    b_delta = tl.load(p_delta + (batch * heads + h) * stride_lse + rows, mask=m_m, other=0.0)
+    p_k += batch * stride_kb + h * stride_kh
+    p_v += batch * stride_vb + h * stride_vh
+    b_dq = tl.zeros((BLOCK_M, BLOCK_D), WIDE)
+    for start in range(0, n, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < n
+        keys = first_key + _key_rows(p_indices + b * stride_ib, o_n, n, total, stride_is, INDEXED)
+        b_k = _load_rows(p_k, keys, m_n, stride_kn, stride_kd, D, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee", out_dtype=WIDE) * scale
+        b_p = tl.where(m_n[None, :], tl.exp2(b_s - b_lse[:, None]), 0.0)
+        b_v = _load_rows(p_v, keys, m_n, stride_vn, stride_vd, D, BLOCK_D)
+        b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee", out_dtype=WIDE)
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision="ieee", out_dtype=WIDE)
+    o_d = tl.arange(0, BLOCK_D)
+    p_dq += batch * stride_db + h * stride_dh + (rows * stride_dm)[:, None] + o_d
+    tl.store(p_dq, (b_dq * factor).to(p_dq.dtype.element_ty), mask=m_m[:, None] & (o_d < D))
+
+
+def configuration(d: int, size: int, *, backward: bool) -> dict[str, int]:
+    """For heads of d numbers of `size` bytes: the more a row holds, the smaller the blocks, so that nothing spills."""
+    block_d = max(power_of_2(d), 16)
+    wide = block_d * size  # bytes of a row
+    if backward:
+        block = 64 if wide <= 128 else 32 if wide <= 256 else 16
+        return {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+    block_m, block_n = (128, 64) if wide <= 256 else (64, 32)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4 if wide <= 128 else 8,
+            "num_stages": 2}  # fmt: skip
+
+
+_LOG2_E = math.log2(math.e)
+
+
+class _Case(NamedTuple):
+    """What the kernels are to know of a call, of tensors [B, H, M, d], or [1, H, total, d] of packed sequences."""
+
+    sequences: int
+    m: int
+    """Queries of a sequence, or a bound on it."""
+    n: int
+    """Keys, likewise."""
+    offsets: tuple[Tensor, Tensor]
+    indices: Tensor
+    strides: tuple[int, ...]
+    """Of the indices."""
+    options: dict[str, Any]
+
+
+def _case(
+    q: Tensor, k: Tensor, indices: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int
+) -> _Case:
+    sequences, m, n = len(q), q.shape[2], k.shape[2]
+    offsets, rows, strides = (q, q), q, q.stride()  # not read, unless they are others
+    if cu_q is not None and cu_k is not None:
+        reference.check_offsets(m, n, cu_q, cu_k, max_q, max_k)
+        sequences, m, n, offsets = len(cu_q) - 1, max_q, max_k, (cu_q, cu_k)
+    if indices is not None:
+        reference.check_range(indices, n)
+        reference.check_distinct(indices, n, always=False)
+        n, rows, strides = indices.shape[1], indices, indices.stride()
+    options = {
+        "PACKED": cu_q is not None,
+        "INDEXED": indices is not None,
+        "D": q.shape[3],
+        "WIDE": tl.float64 if q.dtype == torch.float64 else tl.float32,
+        "enable_fp_fusion": True,
+    }
+    return _Case(sequences, m, n, offsets, rows, strides[:2], options)
+
+
+def _rows_of(like: Tensor, n: int | None = None) -> Tensor:
+    """New [B, H, N, d] whose heads lie inside tokens, as the next layer wants them."""
+    b, h, m, d = like.shape
+    return like.new_empty(b, m if n is None else n, h, d).transpose(1, 2)
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, indices: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
+    max_q: int, max_k: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    case = _case(q, k, indices, cu_q, cu_k, max_q, max_k)
+    o, lse = _fake_kernel(q, k, v)
+    if o.numel() and case.m:
+        blocks = configuration(q.shape[3], q.element_size(), backward=False)
+        with on_device(q):
+            _forward_kernel[(case.sequences * q.shape[1] * -(-case.m // blocks["BLOCK_M"]),)](
+                q, k, v, o, lse, case.indices, *case.offsets, q.shape[1], case.m, case.n, k.shape[2],
+                scale * _LOG2_E, *q.stride(), *k.stride(), *v.stride(), *o.stride()[:3], *case.strides, q.shape[2],
+                **blocks, **case.options,
+            )  # fmt: skip
+    return o, lse
+
+
+def _launch_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, indices: Tensor | None,
+    cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    case = _case(q, k, indices, cu_q, cu_k, max_q, max_k)
+    (b, heads, m, d), rows = q.shape, k.shape[2] if indices is None else case.n
+    dq, dk, dv = _rows_of(q), _rows_of(k, rows), _rows_of(v, rows)
+    blocks = configuration(d, q.element_size(), backward=True)
+    shared = (heads, case.m, case.n, k.shape[2], scale * _LOG2_E, scale)
+    strides = (*grad.stride(), *q.stride(), *k.stride(), *v.stride())
+    delta = torch.empty_like(lse)
+    with on_device(q):
+        if m and b:
+            _delta_kernel[(b * heads * -(-m // 64),)](
+                grad, o, delta, m, heads, *grad.stride(), *o.stride()[:3], D=d, WIDE=case.options["WIDE"], BLOCK_M=64,
+                BLOCK_D=blocks["BLOCK_D"], num_warps=4,
+            )  # fmt: skip
+        if case.sequences * case.n:
+            _keys_backward_kernel[(case.sequences * heads * -(-case.n // blocks["BLOCK_N"]),)](
+                grad, q, k, v, lse, delta, dk, dv, case.indices, *case.offsets, *shared, *strides, *dk.stride()[:3],
+                *case.strides, m, **blocks, **case.options,
+            )  # fmt: skip
+        if case.sequences * case.m:
+            _queries_backward_kernel[(case.sequences * heads * -(-case.m // blocks["BLOCK_M"]),)](
+                grad, q, k, v, lse, delta, dq, case.indices, *case.offsets, *shared, *strides, *dq.stride()[:3],
+                *case.strides, m, **blocks, **case.options,
+            )  # fmt: skip
+    if indices is not None:
+        dk, dv = (_placed(x, indices, k.shape[2]) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _placed(x: Tensor, indices: Tensor, n: int) -> Tensor:
+    """Rows of x [B, H, S, d] at their indices among n, zeros elsewhere."""
+    return place(x.transpose(1, 2).flatten(2), indices, n, None).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+
+
+# --- the operation ---------------------------------------------------------------------------------------------------
+
+
+def _fake_kernel(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return _rows_of(q), torch.empty(q.shape[:3], dtype=wide, device=q.device)
+
+
+def _fake_kernel_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _rows_of(q), _rows_of(k), _rows_of(v)
+
+
+def _setup_kernel_context(ctx, inputs, output) -> None:
+    q, k, v, ctx.scale, *indices, ctx.max_q, ctx.max_k = inputs
+    ctx.save_for_backward(q, k, v, *output, *indices)
+    ctx.set_materialize_grads(False)
+
+
+def _kernel_backward(ctx, grad: Tensor | None, _):
+    if grad is None:
+        return (None,) * 9
+    *tensors, indices, cu_q, cu_k = ctx.saved_tensors
+    backward = torch.ops.vmae_kernels.attention_kernel_backward
+    return *backward(grad, *tensors, ctx.scale, indices, cu_q, cu_k, ctx.max_q, ctx.max_k), *(None,) * 6
+
+
+_INDEXED = "float scale, Tensor? kv_indices, Tensor? cu_q, Tensor? cu_k, SymInt max_q, SymInt max_k"
+register(
+    f"attention_kernel(Tensor q, Tensor k, Tensor v, {_INDEXED}) -> (Tensor, Tensor)",
+    _launch,
+    fake=_fake_kernel,
+    backward=_kernel_backward,
+    setup_context=_setup_kernel_context,
+    autocast=3,
+)
+register(
+    f"attention_kernel_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_INDEXED})"
+    " -> (Tensor, Tensor, Tensor)",
+    _launch_backward,
+    fake=_fake_kernel_backward,
+)
 
 
 def _fake_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -44,12 +378,36 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    backward = torch.ops.vmae_kernels.attention_varlen_backward
+    backward = torch.ops.vmae_kernels.attention_varlen_reference_backward
     return *backward(grad, *ctx.saved_tensors, ctx.max_q, ctx.max_k, ctx.scale), None, None, None, None, None
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, kv_indices: Tensor | None) -> Tensor:
+    if q.is_cuda and q.dtype == torch.float64:  # matrix instructions want less
+        return reference.attention(q, k, v, scale, kv_indices)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.vmae_kernels.attention_kernel(q, k, v, scale, kv_indices, None, None, 0, 0)[0]
+
+
+def _attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float | None
+) -> Tensor:
+    if q.is_cuda and q.dtype == torch.float64:
+        return _varlen_reference(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    o = torch.ops.vmae_kernels.attention_kernel(q, k, v, scale, None, cu_q, cu_k, max_q, max_k)[0]
+    return o[0].transpose(0, 1)
+
+
+def _varlen_reference(*args: Any) -> Tensor:
+    return torch.ops.vmae_kernels.attention_varlen_reference(*args)
+
+
 register_composite(
-    "attention(Tensor q, Tensor k, Tensor v, float? scale, Tensor? kv_indices) -> Tensor", reference.attention
+    "attention(Tensor q, Tensor k, Tensor v, float? scale, Tensor? kv_indices) -> Tensor",
+    reference.attention,
+    kernel=_attention,
 )
 # What `attention` is made of for bfloat16 on a CPU.
 register(
@@ -69,8 +427,9 @@ register(
 _PACKED = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float? scale"
 )
+register_composite(f"attention_varlen({_PACKED}) -> Tensor", _varlen_reference, kernel=_attention_varlen)
 register(
-    f"attention_varlen({_PACKED}) -> Tensor",
+    f"attention_varlen_reference({_PACKED}) -> Tensor",
     reference.attention_varlen,
     fake=_fake_varlen,
     backward=_backward,
@@ -78,7 +437,7 @@ register(
     autocast=3,
 )
 register(
-    f"attention_varlen_backward(Tensor grad, {_PACKED}) -> (Tensor, Tensor, Tensor)",
+    f"attention_varlen_reference_backward(Tensor grad, {_PACKED}) -> (Tensor, Tensor, Tensor)",
     reference.attention_varlen_backward,
     fake=_fake_varlen_backward,
 )

@@ -6,6 +6,63 @@ from torch import Tensor
 from . import reference
 from ._checks import INTEGERS, dtype_in, same_device, sizes
 from ._library import register
+from ._triton import jit, on_device, tl
+from .gather_tokens import configuration, row_of_program
+
+# --- the kernel ------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _decoder_tokens_kernel(
+    p_visible, p_visible_indices, p_selected_indices, p_mask, p_positions, p_z, v, k, n, d,
+    stride_vb, stride_vi, stride_vd, stride_ib, stride_ii, stride_sb, stride_si, stride_m,
+    stride_pb, stride_pn, stride_pd,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    b, o_row = row_of_program(v + k, ROWS)
+    m_row, m_visible = o_row < v + k, o_row < v
+    o_wide = o_row.to(tl.int64)
+    p_first = p_visible_indices + b * stride_ib + o_wide * stride_ii
+    p_second = p_selected_indices + b * stride_sb + (o_wide - v) * stride_si
+    first = tl.load(p_first, mask=m_visible, other=0).to(tl.int64)
+    second = tl.load(p_second, mask=m_row & ~m_visible, other=0).to(tl.int64)
+    index = tl.minimum(tl.maximum(tl.where(m_visible, first, second), 0), n - 1)
+    p_from = p_visible + b * stride_vb + (o_wide * stride_vi)[:, None]
+    p_position = p_positions + b * stride_pb + (index * stride_pn)[:, None]
+    p_to = p_z + b * (v + k) * d + (o_wide * d)[:, None]
+    for start in range(0, d, COLUMNS):
+        o_column = (start + tl.arange(0, COLUMNS))[None, :]
+        m_column = o_column < d
+        token = tl.load(p_from + o_column * stride_vd, mask=m_visible[:, None] & m_column, other=0.0).to(WIDE)
+        mask_token = tl.load(p_mask + o_column * stride_m, mask=m_column, other=0.0).to(WIDE)
+        position = tl.load(p_position + o_column * stride_pd, mask=m_row[:, None] & m_column, other=0.0)
+        z = tl.where(m_visible[:, None], token, mask_token) + position.to(WIDE)
+        tl.store(p_to + o_column, z.to(p_z.dtype.element_ty), mask=m_row[:, None] & m_column)
+
+
+def _launch(
+    visible: Tensor, visible_indices: Tensor, selected_indices: Tensor, mask_token: Tensor, positions: Tensor
+) -> Tensor:
+    (b, v, d), k, n = visible.shape, selected_indices.shape[1], positions.shape[-2]
+    for indices in (visible_indices, selected_indices):
+        reference.check_range(indices, n)
+    if n == 0:
+        return visible.new_zeros(b, v + k, d)
+    z = visible.new_empty(b, v + k, d)
+    if z.numel():
+        positions = positions if positions.ndim == 3 else positions.expand(b, -1, -1)
+        wide = torch.float64 in (visible.dtype, mask_token.dtype, positions.dtype)
+        chosen = configuration(d, visible.element_size())
+        with on_device(visible):
+            _decoder_tokens_kernel[(b * -(-(v + k) // chosen["ROWS"]),)](
+                visible, visible_indices, selected_indices, mask_token, positions, z, v, k, n, d,
+                *visible.stride(), *visible_indices.stride(), *selected_indices.stride(), *mask_token.stride(),
+                *positions.stride(), WIDE=tl.float64 if wide else tl.float32, **chosen,
+            )  # fmt: skip
+    return z
+
+
+# --- the operation ---------------------------------------------------------------------------------------------------
 
 
 def _fake(
@@ -42,6 +99,7 @@ register(
     "decoder_tokens(Tensor visible, Tensor visible_indices, Tensor selected_indices, Tensor mask_token, "
     "Tensor positions) -> Tensor",
     reference.decoder_tokens,
+    kernel=_launch,
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,

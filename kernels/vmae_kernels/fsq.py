@@ -9,6 +9,101 @@ from torch import Tensor
 from . import reference
 from ._checks import FLOATS, count, dtype_in
 from ._library import register
+from ._triton import jit, on_device, power_of_2, tl
+
+# --- the kernels -----------------------------------------------------------------------------------------------------
+
+
+@jit
+def _tanh(x):
+    e = tl.exp(-2.0 * tl.abs(x))  # never overflows
+    return tl.where(x < 0, (e - 1) / (1 + e), (1 - e) / (1 + e))
+
+
+@jit
+def _of_level(values: tl.constexpr, o_level, like):
+    """values[o_level]: a number for each place of o_level."""
+    b_value = tl.full(o_level.shape, values[0], like.dtype)
+    for i in tl.static_range(1, len(values)):
+        b_value = tl.where(o_level == i, tl.full(o_level.shape, values[i], like.dtype), b_value)
+    return b_value
+
+
+@jit
+def _fsq_kernel(
+    p_z, p_quantized, p_codes, rows,
+    HALF: tl.constexpr, OFFSET: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, HIGHEST: tl.constexpr,
+    RADIX: tl.constexpr, L: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o_level = tl.arange(0, COLUMNS)
+    place = o_row[:, None] * L + o_level[None, :]
+    mask = (o_row < rows)[:, None] & (o_level < L)[None, :]
+    z = tl.load(p_z + place, mask=mask, other=0.0).to(WIDE)
+    half, offset, shift = (_of_level(HALF, o_level, z), _of_level(OFFSET, o_level, z), _of_level(SHIFT, o_level, z))
+    width, highest = _of_level(WIDTH, o_level, z), _of_level(HIGHEST, o_level, z)
+    bounded = _tanh(z + shift[None, :]) * half[None, :] - offset[None, :]
+    # Halves go to even: above this number there is no room for a fraction.
+    whole: tl.constexpr = 6755399441055744.0 if tl.float64 == WIDE else 12582912.0
+    rounded = (bounded + whole) - whole
+    rounded = tl.where(rounded < -width[None, :], -width[None, :], rounded)  # keeps NaN
+    rounded = tl.where(rounded > highest[None, :], highest[None, :], rounded)
+    tl.store(p_quantized + place, (rounded / width[None, :]).to(p_quantized.dtype.element_ty), mask=mask)
+    digits = (tl.where(rounded == rounded, rounded, 0.0) + width[None, :]).to(tl.int32)
+    radix = _of_level(RADIX, o_level, digits)
+    tl.store(p_codes + o_row, tl.sum(tl.where(mask, digits * radix[None, :], 0), 1), mask=o_row < rows)
+
+
+@jit
+def _fsq_backward_kernel(
+    p_grad, p_z, p_out, n,
+    SHIFT: tl.constexpr, SLOPE: tl.constexpr, L: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(p_z + place, mask=place < n, other=0.0).to(WIDE)
+    o_level = place % L
+    tanh = _tanh(z + _of_level(SHIFT, o_level, z))
+    grad = tl.load(p_grad + place, mask=place < n, other=0.0).to(WIDE)
+    out = grad * ((1 - tanh * tanh) * _of_level(SLOPE, o_level, z))
+    tl.store(p_out + place, out.to(p_out.dtype.element_ty), mask=place < n)
+
+
+def _wide(z: Tensor) -> object:
+    return tl.float64 if z.dtype == torch.float64 else tl.float32
+
+
+def _launch(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
+    z = z.contiguous()
+    quantized, codes = _fake(z, levels)
+    if z.numel():
+        half, offset, shift, width = reference.fsq_numbers(levels)
+        highest = tuple(float((level - 1) // 2) for level in levels)
+        radix = tuple(math.prod(levels[:i]) for i in range(len(levels)))
+        columns = power_of_2(len(levels))
+        block = max(1024 // columns, 1)
+        with on_device(z):
+            _fsq_kernel[(-(-codes.numel() // block),)](
+                z, quantized, codes, codes.numel(), half, offset, shift, width, highest, radix, len(levels), _wide(z),
+                BLOCK=block, COLUMNS=columns, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+    return quantized, codes
+
+
+def _launch_backward(grad: Tensor, z: Tensor, levels: Sequence[int]) -> Tensor:
+    grad, z = grad.contiguous(), z.contiguous()
+    out = _fake_backward(grad, z, levels)
+    if z.numel():
+        half, _, shift, width = reference.fsq_numbers(levels)
+        slope = tuple(h / w for h, w in zip(half, width, strict=True))
+        with on_device(z):
+            _fsq_backward_kernel[(-(-z.numel() // 1024),)](
+                grad, z, out, z.numel(), shift, slope, len(levels), _wide(z),
+                BLOCK=1024, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+    return out
+
+
+# --- the operation ---------------------------------------------------------------------------------------------------
 
 
 def _fake(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -33,11 +128,17 @@ def _backward(ctx, grad: Tensor, _):
 register(
     "fsq(Tensor z, int[] levels) -> (Tensor, Tensor)",
     reference.fsq,
+    kernel=_launch,
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
 )
-register("fsq_backward(Tensor grad, Tensor z, int[] levels) -> Tensor", reference.fsq_backward, fake=_fake_backward)
+register(
+    "fsq_backward(Tensor grad, Tensor z, int[] levels) -> Tensor",
+    reference.fsq_backward,
+    kernel=_launch_backward,
+    fake=_fake_backward,
+)
 
 
 def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:

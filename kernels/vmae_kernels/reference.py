@@ -7,6 +7,7 @@ sequence lengths.
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _LOW_PRECISION else dtype
 
 
-def _vector(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def vector(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.tensor(values), by fills: a copy from the host could not be captured in a CUDA graph."""
     x = torch.empty(len(values), dtype=dtype, device=device)
     for i, value in enumerate(values):
@@ -77,9 +78,13 @@ def _perturbed(scores: Tensor, sigma: float, samples: int, seed: int, row: int):
             yield z, scores + sigma * z
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """[..., N] -> [rows, N]."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _rows(x: Tensor) -> Tensor:
-    """[..., N] -> [rows, N] in the compute dtype."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(_compute_dtype(x.dtype))
+    return rows_of(x).to(_compute_dtype(x.dtype))
 
 
 def soft_topk(scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
@@ -103,16 +108,34 @@ def soft_topk_backward(grad: Tensor, scores: Tensor, k: int, sigma: float, sampl
 # --- tokens --------------------------------------------------------------------------------------------------------
 
 
-def in_range(indices: Tensor, n: int) -> Tensor:
-    """int64 indices known to lie in [0, n): checked on CPU; clamped elsewhere, where a check would synchronise."""
-    indices = indices.to(torch.int64)
-    if not indices.is_cpu:
-        return indices.clamp(0, max(n - 1, 0))
-    if indices.numel():
+def _looked_at(indices: Tensor) -> bool:
+    """Whether values may be read back: on a CPU, and with VMAE_CHECK=1 on any device, which then waits for it."""
+    return indices.is_cpu or os.environ.get("VMAE_CHECK", "0") == "1"
+
+
+def check_range(indices: Tensor, n: int) -> None:
+    """Raise `ValueError` for an index outside [0, n), where values may be read back."""
+    if _looked_at(indices) and indices.numel():
         low, high = (int(bound) for bound in indices.aminmax())
         if low < 0 or high >= n:
             raise ValueError(f"indices: expected values in [0, {n}), got {low if low < 0 else high}")
-    return indices
+
+
+def check_distinct(indices: Tensor, n: int, *, always: bool = True) -> None:
+    """Raise `ValueError` for an index [B, K] in [0, n) that stands twice in a row, where values may be read back.
+
+    `always`: on a CPU, even without VMAE_CHECK=1.
+    """
+    if _looked_at(indices) and (always or os.environ.get("VMAE_CHECK", "0") == "1"):
+        there = torch.zeros(indices.shape[0], n, dtype=torch.bool, device=indices.device)
+        if int(there.scatter_(1, indices.long(), True).sum()) != indices.numel():
+            raise ValueError("indices: expected distinct values in each row, got a value twice")
+
+
+def in_range(indices: Tensor, n: int) -> Tensor:
+    """int64 indices that lie in [0, n): clamped where a check would make the host wait."""
+    check_range(indices, n)
+    return indices.to(torch.int64) if indices.is_cpu else indices.to(torch.int64).clamp(0, max(n - 1, 0))
 
 
 def _flat(indices: Tensor, n: int) -> Tensor:
@@ -123,6 +146,8 @@ def _flat(indices: Tensor, n: int) -> Tensor:
 
 def gather_tokens(x: Tensor, indices: Tensor, unique: bool) -> Tensor:
     b, n, d = x.shape
+    if unique:
+        check_distinct(indices, n, always=False)
     if b > 1 and x.stride(0) != n * x.stride(1):  # flattening would copy all of x, to read a part of it
         return torch.stack([row.index_select(0, index) for row, index in zip(x, in_range(indices, n), strict=True)])
     return x.flatten(0, 1).index_select(0, _flat(indices, n)).view(b, indices.shape[1], d)
@@ -144,8 +169,7 @@ def gather_tokens_backward(grad: Tensor, indices: Tensor, n: int, unique: bool) 
 def scatter_tokens(y: Tensor, indices: Tensor, n: int, fill: Tensor | None, value: float) -> Tensor:
     b, k, d = y.shape
     flat = _flat(indices, n)
-    if flat.is_cpu and torch.zeros(b * n, dtype=torch.bool).index_fill_(0, flat, True).sum() != b * k:
-        raise ValueError("indices: expected distinct values in each row, got a value twice")
+    check_distinct(indices, n)
     x = y.new_full((b * n, d), value) if fill is None else fill.to(y.dtype).expand(b * n, d).contiguous()
     return x.index_copy_(0, flat, y.reshape(b * k, d)).view(b, n, d)
 
@@ -168,7 +192,7 @@ def decoder_tokens(
     return out
 
 
-def _tubelet_view(video: Tensor, size: Sequence[int]) -> Tensor:
+def tubelet_view(video: Tensor, size: Sequence[int]) -> Tensor:
     """[B, C, T, H, W] as a view [B, T/t, H/h, W/w, t, h, w, C], whatever the memory layout."""
     t, h, w = size
     split = video.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, t))  # B C T/t t H/h h W/w w
@@ -182,23 +206,20 @@ def _tubelet_place(indices: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor
     return batch, indices // (gh * gw), indices // gw % gh, indices % gw
 
 
-def _affine(
-    mean: Sequence[float], std: Sequence[float], integer: bool, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def affine(mean: Sequence[float], std: Sequence[float], integer: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Scale and shift per channel, so that the normalised value is x * scale + shift."""
     unit = 255.0 if integer else 1.0
-    scale = [1 / (unit * s) for s in std]
-    shift = [-m / s for m, s in zip(mean, std, strict=True)]
-    return _vector(scale, dtype, device), _vector(shift, dtype, device)
+    return tuple(1 / (unit * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
 
 
 def tubelets(
     video: Tensor, indices: Tensor, size: Sequence[int], mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
-    view = _tubelet_view(video, size)
+    view = tubelet_view(video, size)
     chosen = view[_tubelet_place(indices, view.shape[1:4])]  # [B, K, t, h, w, C]
     compute = _compute_dtype(dtype)
-    scale, shift = _affine(mean, std, not video.is_floating_point(), compute, video.device)
+    numbers = affine(mean, std, not video.is_floating_point())
+    scale, shift = (vector(values, compute, video.device) for values in numbers)
     y = chosen.to(compute).flatten(-2)  # [B, K, t, h, w * C]: long rows keep the in-place passes fast
     y.mul_(scale.repeat(size[2])).add_(shift.repeat(size[2]))
     return y.flatten(2).to(dtype)
@@ -208,8 +229,8 @@ def tubelets_backward(
     grad: Tensor, indices: Tensor, shape: Sequence[int], size: Sequence[int], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
     video = torch.zeros(*shape, dtype=_compute_dtype(dtype), device=grad.device)
-    view = _tubelet_view(video, size)
-    scale, _ = _affine([0.0] * len(std), std, False, video.dtype, grad.device)
+    view = tubelet_view(video, size)
+    scale = vector(affine([0.0] * len(std), std, False)[0], video.dtype, grad.device)
     patches = grad.unflatten(2, (*size, -1)).to(video.dtype) * scale
     view.index_put_(_tubelet_place(indices, view.shape[1:4]), patches, accumulate=True)
     return video.to(dtype)
@@ -309,15 +330,23 @@ def _widened(x: Tensor, columns: Tensor) -> Tensor:
     return torch.cat((x, columns, x.new_zeros(()).expand(b, h, m, -(d + 3) % 32)), -1).flatten(0, 1)
 
 
-def _sequences(total_q: int, total_k: int, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int):
-    """(query rows, key rows) of every sequence that has both."""
-    q, k = cu_q.tolist(), cu_k.tolist()
-    for name, starts, total, longest in (("q", q, total_q, max_q), ("k", k, total_k, max_k)):
+def check_offsets(total_q: int, total_k: int, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> None:
+    """Raise `ValueError` for packed sequences that cannot be, where values may be read back."""
+    if not _looked_at(cu_q):
+        return
+    for name, cu, total, longest in (("q", cu_q, total_q, max_q), ("k", cu_k, total_k, max_k)):
+        starts = cu.tolist()
         lengths = [end - start for start, end in itertools.pairwise(starts)]
         if starts[0] != 0 or starts[-1] != total or min(lengths, default=0) < 0:
             raise ValueError(f"cu_seqlens_{name}: expected offsets ascending from 0 to {total}, got {starts}")
         if max(lengths, default=0) > longest:
             raise ValueError(f"max_{name}: expected at least the longest sequence, {max(lengths)}, got {longest}")
+
+
+def _sequences(total_q: int, total_k: int, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int):
+    """(query rows, key rows) of every sequence that has both."""
+    check_offsets(total_q, total_k, cu_q, cu_k, max_q, max_k)
+    q, k = cu_q.tolist(), cu_k.tolist()
     for i in range(len(q) - 1):
         if q[i + 1] > q[i] and k[i + 1] > k[i]:
             yield slice(q[i], q[i + 1]), slice(k[i], k[i + 1])
@@ -402,23 +431,26 @@ def causal_conv3d(
 # --- finite scalar quantization ------------------------------------------------------------------------------------
 
 
+def fsq_numbers(levels: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+    """Half range, offset, shift and half width per level."""
+    half = tuple((level - 1) * (1 + 1e-3) / 2 for level in levels)
+    offset = tuple(0.0 if level % 2 else 0.5 for level in levels)
+    shift = tuple(math.atanh(o / h) for o, h in zip(offset, half, strict=True))
+    return half, offset, shift, tuple(float(level // 2) for level in levels)
+
+
 def _fsq_constants(levels: Sequence[int], z: Tensor) -> tuple[Tensor, ...]:
-    """Half range, offset, shift and half width per level, in z's compute dtype."""
-    half = [(level - 1) * (1 + 1e-3) / 2 for level in levels]
-    offset = [0.0 if level % 2 else 0.5 for level in levels]
-    shift = [math.atanh(o / h) for o, h in zip(offset, half, strict=True)]
-    width = [float(level // 2) for level in levels]
-    return tuple(_vector(values, _compute_dtype(z.dtype), z.device) for values in (half, offset, shift, width))
+    return tuple(vector(values, _compute_dtype(z.dtype), z.device) for values in fsq_numbers(levels))
 
 
 def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     half, offset, shift, width = _fsq_constants(levels, z)
-    highest = _vector([(level - 1) // 2 for level in levels], half.dtype, z.device)
+    highest = vector([(level - 1) // 2 for level in levels], half.dtype, z.device)
     rounded = ((z.to(half.dtype) + shift).tanh() * half - offset).round()
     # From 1,002 levels on the slack in the half range alone reaches the next value.
     rounded = torch.minimum(torch.maximum(rounded, -width), highest)
     digits = (rounded.nan_to_num(0.0) + width).to(torch.int32)
-    radix = _vector([math.prod(levels[:i]) for i in range(len(levels))], torch.int32, z.device)
+    radix = vector([math.prod(levels[:i]) for i in range(len(levels))], torch.int32, z.device)
     return (rounded / width).to(z.dtype), (digits * radix).sum(-1, dtype=torch.int32)
 
 

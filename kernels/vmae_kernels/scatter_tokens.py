@@ -6,6 +6,15 @@ from torch import Tensor
 from . import reference
 from ._checks import INTEGERS, count, dtype_in, same_device, sizes
 from ._library import register
+from .gather_tokens import place
+
+
+def _launch(y: Tensor, indices: Tensor, n: int, fill: Tensor | None, value: float) -> Tensor:
+    reference.check_range(indices, n)
+    reference.check_distinct(indices, n)
+    if fill is None and value:
+        fill = y.new_full((y.shape[2],), value)
+    return place(y, indices, n, None if fill is None else fill.to(y.dtype))
 
 
 def _fake(y: Tensor, indices: Tensor, n: int, fill: Tensor | None, value: float) -> Tensor:
@@ -32,6 +41,7 @@ def _backward(ctx, grad: Tensor):
 register(
     "scatter_tokens(Tensor y, Tensor indices, SymInt n, Tensor? fill, float value) -> Tensor",
     reference.scatter_tokens,
+    kernel=_launch,
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,

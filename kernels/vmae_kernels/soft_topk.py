@@ -8,7 +8,99 @@ from torch import Tensor
 from . import reference
 from ._checks import count
 from ._library import register
-from .topk import check_scores
+from ._triton import jit, on_device, tl
+from .topk import bracket, check_scores, configuration, load_keys, normal
+
+# --- the kernels -----------------------------------------------------------------------------------------------------
+
+
+@jit
+def _indicator_kernel(
+    p_scores, p_weight, p_out, n, k, samples, sigma, seed, row0, stride_row, stride, stride_wrow, stride_w,
+    SUMS: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr, NOISE: tl.constexpr,
+):  # fmt: skip
+    """One sample's top-k indicator of one row: added to out [rows, N], whole numbers, whose order does not matter.
+
+    With SUMS, the sum of weight * indicator is stored in out [rows, samples + 1]; without NOISE, in the last column.
+    """
+    row = tl.program_id(0) // (samples if NOISE else 1)
+    sample = tl.program_id(0) % samples if NOISE else samples
+    wide_row = row.to(tl.int64)
+    p_scores += wide_row * stride_row
+    o_block = tl.arange(0, BLOCK)
+    b_keys = load_keys(p_scores, o_block, n, stride, sigma, seed, row0 + row, sample, NOISE)
+    low, high, missing = bracket(b_keys, p_scores, n, k, stride, sigma, seed, row0 + row, sample, BLOCK, ONE, NOISE)
+    equal_before = 0
+    if SUMS:
+        b_sum = tl.zeros((BLOCK,), p_out.dtype.element_ty)
+    for start in range(0, n, BLOCK):
+        o_index = start + o_block
+        m_row = o_index < n
+        if not ONE:
+            b_keys = load_keys(p_scores, o_index, n, stride, sigma, seed, row0 + row, sample, NOISE)
+        m_equal = (b_keys >= low) & (b_keys < high) & m_row
+        b_equal = equal_before + tl.cumsum(m_equal.to(tl.int32), 0)
+        m_chosen = ((b_keys >= high) & m_row) | (m_equal & (b_equal <= missing))
+        equal_before += tl.sum(m_equal.to(tl.int32), 0)
+        if SUMS:
+            p_from = p_weight + wide_row * stride_wrow + o_index.to(tl.int64) * stride_w
+            b_sum += tl.load(p_from, mask=m_chosen, other=0.0).to(b_sum.dtype)
+        else:
+            tl.atomic_add(p_out + wide_row * n + o_index, 1, mask=m_chosen, sem="relaxed")
+    if SUMS:
+        tl.store(p_out + wide_row * (samples + 1) + sample, tl.sum(b_sum, 0))
+
+
+@jit
+def _gradient_kernel(p_factors, p_out, n, samples, seed, row0, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """out [rows, N] = the sum over samples of factors [rows, samples] * the sample's noise, in their order."""
+    blocks = tl.cdiv(n, BLOCK)
+    row = tl.program_id(0) // blocks
+    o_index = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    p_factors += row.to(tl.int64) * samples
+    b_out = tl.zeros((BLOCK,), WIDE)
+    for sample in range(samples):
+        b_out += tl.load(p_factors + sample) * normal(seed, row0 + row, o_index, sample).to(WIDE)
+    p_to = p_out + row.to(tl.int64) * n + o_index
+    tl.store(p_to, b_out.to(p_out.dtype.element_ty), mask=o_index < n)
+
+
+def _launch(scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
+    rows = reference.rows_of(scores)
+    counts = torch.zeros(rows.shape, dtype=torch.int32, device=scores.device)
+    if rows.numel():
+        with on_device(scores):
+            _indicator_kernel[(len(rows) * samples,)](
+                rows, rows, counts, rows.shape[1], k, samples, sigma, seed, row, *rows.stride(), 0, 0, SUMS=False,
+                NOISE=True, enable_fp_fusion=False, **configuration(rows.shape[1]),
+            )  # fmt: skip
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return (counts.to(wide) / samples).to(scores.dtype).reshape(scores.shape)
+
+
+def _launch_backward(grad: Tensor, scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
+    rows, weight = reference.rows_of(scores), reference.rows_of(grad)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    n = rows.shape[1]
+    out = torch.empty(rows.shape, dtype=scores.dtype, device=scores.device)
+    if rows.numel():
+        sums = torch.empty(len(rows), samples + 1, dtype=wide, device=scores.device)
+        with on_device(scores):
+            for noise in (True, False):
+                _indicator_kernel[(len(rows) * (samples if noise else 1),)](
+                    rows, weight, sums, n, k, samples, sigma, seed, row, *rows.stride(), *weight.stride(), SUMS=True,
+                    NOISE=noise, enable_fp_fusion=False, **configuration(n),
+                )  # fmt: skip
+            factors = (sums[:, :-1] - sums[:, -1:]) / (samples * sigma)
+            _gradient_kernel[(len(rows) * -(-n // 1024),)](
+                factors, out, n, samples, seed, row,
+                WIDE=tl.float64 if wide == torch.float64 else tl.float32, BLOCK=1024, num_warps=4,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+    return out.reshape(scores.shape)
+
+
+# --- the operation ---------------------------------------------------------------------------------------------------
 
 
 def _fake(scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
@@ -33,11 +125,17 @@ _SETTINGS = "Tensor scores, SymInt k, float sigma, SymInt samples, SymInt seed, 
 register(
     f"soft_topk({_SETTINGS}) -> Tensor",
     reference.soft_topk,
+    kernel=_launch,
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
 )
-register(f"soft_topk_backward(Tensor grad, {_SETTINGS}) -> Tensor", reference.soft_topk_backward, fake=_fake_backward)
+register(
+    f"soft_topk_backward(Tensor grad, {_SETTINGS}) -> Tensor",
+    reference.soft_topk_backward,
+    kernel=_launch_backward,
+    fake=_fake_backward,
+)
 
 
 def soft_topk(scores: Tensor, k: int, *, sigma: float, samples: int, seed: int, row: int = 0) -> Tensor:

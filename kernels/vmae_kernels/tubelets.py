@@ -9,6 +9,85 @@ from torch import Tensor
 from . import reference
 from ._checks import FLOATS, INTEGERS, dtype_in, same_device, sizes
 from ._library import register
+from ._triton import jit, on_device, power_of_2, tl
+from .gather_tokens import row_of_program
+
+# --- the kernel ------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _tubelets_kernel(
+    p_video, p_indices, p_patches, k, grid_t, grid_h, grid_w,
+    stride_vb, stride_vc, stride_vt, stride_vh, stride_vw, stride_ib, stride_ik,
+    T: tl.constexpr, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
+    PACKED: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """patches[b, i] = video's tubelet indices[b, i] * scale + shift, in the order t, h, w, c.
+
+    PACKED: a pixel's channels and a row's pixels lie side by side, so that a tubelet's row is read as one.
+    """
+    b, o_row = row_of_program(k, ROWS)
+    m_row = o_row < k
+    index = tl.load(p_indices + b * stride_ib + o_row.to(tl.int64) * stride_ik, mask=m_row, other=0).to(tl.int64)
+    index = tl.minimum(tl.maximum(index, 0), grid_t.to(tl.int64) * grid_h * grid_w - 1)
+    t, h, w = index // (grid_h * grid_w), index // grid_w % grid_h, index % grid_w
+    corner = t * T * stride_vt + h * H * stride_vh + w * W * stride_vw
+    p_from = p_video + b * stride_vb + corner[:, None]
+    p_to = p_patches + b * k * (T * H * W * C) + (o_row.to(tl.int64) * (T * H * W * C))[:, None]
+    for start in tl.static_range(0, T * H * W * C, COLUMNS):
+        o_column = start + tl.arange(0, COLUMNS)
+        o_line = o_column // (W * C)  # frame and row
+        inside = o_column % (W * C) if PACKED else o_column // C % W * stride_vw + o_column % C * stride_vc
+        offset = o_line // H * stride_vt + o_line % H * stride_vh + inside
+        b_scale = tl.full((COLUMNS,), SCALE[0], COMPUTE)
+        b_shift = tl.full((COLUMNS,), SHIFT[0], COMPUTE)
+        for c in tl.static_range(1, C):
+            b_scale = tl.where(o_column % C == c, tl.full((COLUMNS,), SCALE[c], COMPUTE), b_scale)
+            b_shift = tl.where(o_column % C == c, tl.full((COLUMNS,), SHIFT[c], COMPUTE), b_shift)
+        mask = m_row[:, None] & (o_column < T * H * W * C)[None, :]
+        x = tl.load(p_from + offset[None, :], mask=mask, other=0).to(COMPUTE)
+        y = x * b_scale[None, :] + b_shift[None, :]
+        tl.store(p_to + o_column[None, :], y.to(p_patches.dtype.element_ty), mask=mask)
+
+
+def _launch(
+    video: Tensor, indices: Tensor, size: Sequence[int], mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    b, channels, *whole = video.shape
+    grid = [all_ // part for all_, part in zip(whole, size, strict=True)]
+    reference.check_range(indices, math.prod(grid))
+    patches = _fake(video, indices, size, mean, std, dtype)
+    if patches.numel():
+        scale, shift = reference.affine(mean, std, not video.is_floating_point())
+        k, length = patches.shape[1:]
+        with on_device(video):
+            _tubelets_kernel[(b * -(-k // _ROWS),)](
+                video, indices, patches, k, *grid, *video.stride(), *indices.stride(), *size, channels, scale, shift,
+                PACKED=video.stride(1) == 1 and video.stride(4) == channels,
+                COMPUTE=tl.float64 if dtype == torch.float64 else tl.float32,
+                ROWS=_ROWS, COLUMNS=min(power_of_2(length), 512), num_warps=4,
+                enable_fp_fusion=False,  # as the reference rounds
+            )  # fmt: skip
+    return patches
+
+
+_ROWS = 4  # tubelets of a program: with 512 values of each at a time, a thread reads 16 bytes of uint8 at once
+
+
+def _launch_backward(
+    grad: Tensor, indices: Tensor, shape: Sequence[int], size: Sequence[int], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    video = torch.empty(*shape, dtype=dtype, device=grad.device)
+    view = reference.tubelet_view(video, size)  # [B, T/t, H/h, W/w, t, h, w, C]
+    scale, _ = reference.affine([0.0] * len(std), std, False)
+    wide = grad.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    factor = reference.vector(scale, wide.dtype, grad.device).repeat(math.prod(size))
+    summed = torch.ops.vmae_kernels.gather_tokens_backward(wide * factor, indices, math.prod(view.shape[1:4]), False)
+    view.copy_(summed.view(view.shape))
+    return video
+
+
+# --- the operation ---------------------------------------------------------------------------------------------------
 
 
 def _fake(video: Tensor, indices: Tensor, size: Sequence[int], mean, std, dtype: torch.dtype) -> Tensor:
@@ -34,6 +113,7 @@ def _backward(ctx, grad: Tensor):
 register(
     "tubelets(Tensor video, Tensor indices, SymInt[] size, float[] mean, float[] std, ScalarType dtype) -> Tensor",
     reference.tubelets,
+    kernel=_launch,
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
@@ -42,6 +122,7 @@ register(
     "tubelets_backward(Tensor grad, Tensor indices, SymInt[] shape, SymInt[] size, float[] std, ScalarType dtype) "
     "-> Tensor",
     reference.tubelets_backward,
+    kernel=_launch_backward,
     fake=_fake_backward,
 )
 

@@ -10,6 +10,7 @@ from vmae_kernels import soft_topk, topk
 from vmae_kernels.philox import normals
 
 CPU = torch.device("cpu")
+LARGE = pytest.mark.large
 
 
 def indicator(row: np.ndarray, k: int) -> np.ndarray:
@@ -44,7 +45,9 @@ def value_and_gradient(scores, grad, *args, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("samples", "sigma"), [(1, 0.5), (3, 0.05), (4, 1.0), (10, 0.3), (64, 2.0)])
+@pytest.mark.parametrize(
+    ("samples", "sigma"), [(1, 0.5), (3, 0.05), (4, 1.0), (10, 0.3), pytest.param(64, 2.0, marks=LARGE)]
+)
 def test_explicit_estimator(dtype, samples, sigma):
     g = torch.Generator().manual_seed(samples)
     scores = torch.randn(2, 3, 17, generator=g).to(dtype)
@@ -106,6 +109,7 @@ def exact(scores: torch.Tensor, k: int, sigma: float) -> torch.Tensor:
     return torch.stack(chances)
 
 
+@LARGE
 @pytest.mark.parametrize("k", [1, 2])
 def test_unbiased(k):
     """Rows of one call have independent noise, so many equal rows are many samples."""
@@ -124,6 +128,7 @@ def test_unbiased(k):
         assert error.max() < 0.015
 
 
+@LARGE
 def test_gradient_against_finite_differences():
     rows, sigma, step = 20_000, 1.0, 0.2
     scores = torch.tensor([0.2, -0.5, 0.9, 0.0])
@@ -144,6 +149,7 @@ def test_gradient_against_finite_differences():
     assert gradient.double().mean(0).abs().max() > 0.2
 
 
+@LARGE
 def test_seed():
     scores = torch.randn(2, 30, generator=torch.Generator().manual_seed(3))
 
@@ -211,6 +217,7 @@ def peak_bytes(run) -> int:
     return peak
 
 
+@LARGE
 def test_memory_does_not_grow_with_samples():
     n = 4096
     scores = torch.randn(1, n, generator=torch.Generator().manual_seed(6), requires_grad=True)
@@ -227,6 +234,7 @@ def test_memory_does_not_grow_with_samples():
     assert sum(saved) <= 2 * 2 * n
 
 
+@LARGE
 def test_bfloat16_keeps_small_weights():
     """A weight counts samples: adding 1 / samples up in bfloat16 would stall."""
     scores = torch.zeros(1, 2, dtype=torch.bfloat16)

@@ -1,0 +1,56 @@
+"""With TRITON_INTERPRET=1 these tests run the Triton kernels on the CPU (see test_interpreter.py)."""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def pytest_configure() -> None:
+    if INTERPRETED:
+        from hypothesis import settings
+
+        settings.register_profile("interpreter", max_examples=15, deadline=None)
+        settings.load_profile("interpreter")
+        _mend_the_interpreter()
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def poisoned():
+    """What a kernel is to write holds NaN, or the largest integer, until it does."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills new memory, too
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def _mend_the_interpreter() -> None:
+    """Triton's interpreter cuts float32 off to bfloat16, loses subnormal bfloat16, and multiplies bfloat16 matrices as
+    if their bits were integers. A GPU does none of it."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def widened(data: np.ndarray) -> np.ndarray:
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+    def cast_impl(self, source, kind):
+        if source.dtype.scalar == tl.bfloat16:
+            source = TensorHandle(widened(source.data), tl.float32)
+            if kind.scalar == tl.float32:
+                return source
+        if kind.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float32).bfloat16()
+            data = rounded.view(torch.int16).numpy().view(np.uint16).reshape(source.data.shape)
+            return TensorHandle(data, tl.bfloat16)
+        return cast(self, source, kind)
+
+    def create_dot(self, a, b, *rest):
+        a, b = (TensorHandle(widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot

@@ -1,0 +1,103 @@
+"""The Triton kernels on the CPU: the tests of this folder once more, in processes where Triton interprets them.
+
+The interpreter sees neither races nor small reads out of bounds, and says nothing of speed; test_resources.py compiles.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_registration import calls, evaluate
+
+from vmae import VideoMAE, VideoMAEConfig
+from vmae.tokens import Tokens
+from vmae_kernels import _triton
+
+HERE = Path(__file__).parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Two processes, of about the same length.
+PARTS = (
+    ["test_attention.py", "test_soft_topk.py", "test_interpreter.py"],
+    ["test_topk.py", "test_gather_tokens.py", "test_scatter_tokens.py", "test_decoder_tokens.py", "test_tubelets.py",
+     "test_fsq.py", "test_registration.py"],
+)  # fmt: skip
+
+outside = pytest.mark.skipif(INTERPRETED, reason="runs the interpreter")
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs where Triton interprets kernels")
+
+
+@outside
+def test_the_tests_of_every_operation_pass_with_its_kernel():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "VMAE_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not large and not long", "-W", "ignore::RuntimeWarning"]
+    processes = [
+        subprocess.Popen([*command, *(HERE / name for name in part)], env=environment, text=True, cwd=HERE.parents[1],
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for part in PARTS
+    ]  # fmt: skip
+    for process in processes:
+        said, _ = process.communicate(timeout=900)
+        assert process.returncode == 0, said[-4000:]
+
+
+@inside
+@pytest.mark.parametrize("name", [name for name in calls() if not name.startswith("causal_conv3d")])
+def test_a_kernel_runs(name, monkeypatch):
+    """With VMAE_KERNELS=triton, that is, and forward and backward; with torch none does."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launched = []
+    original = GridExecutor.__call__
+    monkeypatch.setattr(
+        GridExecutor, "__call__", lambda self, *a, **k: (launched.append(self.fn), original(self, *a, **k))
+    )
+    results = {}
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("VMAE_KERNELS", choice)
+        results[choice] = evaluate(*calls()[name])
+        assert bool(launched) == (choice == "triton")
+    for ours, theirs in zip(results["triton"], results["torch"], strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@inside
+@pytest.mark.parametrize("strategy", ["adaptive", "everest"])
+def test_the_model_learns_the_same(strategy, monkeypatch):
+    torch.manual_seed(0)
+    model = VideoMAE(
+        VideoMAEConfig.tiny(frames=8, size=32, mask_ratio=0.5, depth=1, decoder_depth=1, strategy=strategy)
+    )
+    clip = torch.randint(0, 256, (2, 3, 8, 32, 32), dtype=torch.uint8)
+    tokens = Tokens(torch.randn(2, 16, 6), torch.zeros(2, 16, dtype=torch.int32), torch.rand(2, 16), (4, 2, 2))
+    results = []
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("VMAE_KERNELS", choice)
+        loss = model(clip, tokens, seed=3)
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@outside
+def test_importing_asks_no_driver():
+    """Nor does a CPU's use: a machine without a GPU imports and runs all operations."""
+    pytest.importorskip("triton")
+    code = """
+import sys, torch, vmae_kernels
+vmae_kernels.topk(torch.randn(2, 9), 3)
+from triton.runtime.driver import driver
+print(driver._active is None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "True\n"
+
+
+@inside
+def test_interpretation_is_what_is_tested():
+    assert _triton.INTERPRETED
+    assert _triton.why_not(torch.zeros(1)) is None
