@@ -3,7 +3,7 @@ PYTHON ?= python3
 READY := .venv/.ready
 RUN := .venv/bin/
 
-.PHONY: setup demo test test-long lint bench clean
+.PHONY: setup demo test test-long lint bench resources clean
 
 setup: $(READY)
 
@@ -31,6 +31,10 @@ lint: $(READY)
 # A pretraining step beside Hugging Face's VideoMAE (some minutes). The other benchmarks say how in their first lines.
 bench: $(READY)
 	$(RUN)python benchmarks/pretraining_step.py
+
+# Compiles every configuration of every kernel for three GPU generations, on any machine (some minutes).
+resources: $(READY)
+	$(RUN)python -m vmae_kernels.resources --all
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -36,7 +36,8 @@ def report() -> dict[str, Any]:
         ],
         "kernels": {
             "VMAE_KERNELS": os.environ.get("VMAE_KERNELS", "auto"),
-            "runs": "the PyTorch reference on every device; Triton and CUDA kernels are not part of this version",
+            "CPU": "the PyTorch references",
+            "CUDA": "the Triton kernels where Triton is installed, and PyTorch's convolution",
         },
     }
     return facts

@@ -48,6 +48,14 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def architecture(x: Tensor) -> int:
+    """Of the GPU that x is on, as in sm_90; where there is none, that one."""
+    if not x.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
 def power_of_2(n: int) -> int:
     """The smallest one that is at least n, for n >= 1."""
     return 1 << (n - 1).bit_length()

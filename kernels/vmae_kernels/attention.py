@@ -9,7 +9,7 @@ from torch import Tensor
 from . import reference
 from ._checks import FLOATS, INTEGERS, count, dtype_in, same_device, same_dtype, sizes
 from ._library import register, register_composite
-from ._triton import jit, on_device, power_of_2, tl
+from ._triton import architecture, jit, on_device, power_of_2, tl
 from .gather_tokens import place
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
@@ -187,16 +187,22 @@ def _queries_backward_kernel(
     tl.store(p_dq, (b_dq * factor).to(p_dq.dtype.element_ty), mask=m_m[:, None] & (o_d < D))
 
 
-def configuration(d: int, size: int, *, backward: bool) -> dict[str, int]:
-    """For heads of d numbers of `size` bytes: the more a row holds, the smaller the blocks, so that nothing spills."""
+def configuration(d: int, size: int, *, backward: bool, architecture: int) -> dict[str, int]:
+    """Blocks for heads of d numbers of `size` bytes.
+
+    By what the compiler says (`make resources`), not yet by time: the largest that spill no registers on any of the
+    architectures. float32 is multiplied without matrix instructions, and needs many more.
+    """
     block_d = max(power_of_2(d), 16)
-    wide = block_d * size  # bytes of a row
-    if backward:
-        block = 64 if wide <= 128 else 32 if wide <= 256 else 16
-        return {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
-    block_m, block_n = (128, 64) if wide <= 256 else (64, 32)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4 if wide <= 128 else 8,
-            "num_stages": 2}  # fmt: skip
+    long = block_d > 64
+    if size > 2:
+        m, n, warps = (16, 16, 8) if long else (32, 32, 8) if backward else (64, 32, 8)
+    elif backward:
+        m, n, warps = 64, 64, 8 if long and architecture < 100 else 4
+    else:
+        m, n, warps = 128, 64, 8 if long else 4
+    stages = 1 if long and backward and size <= 2 and architecture < 90 else 2
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
 _LOG2_E = math.log2(math.e)
@@ -252,7 +258,7 @@ def _launch(
     case = _case(q, k, indices, cu_q, cu_k, max_q, max_k)
     o, lse = _fake_kernel(q, k, v)
     if o.numel() and case.m:
-        blocks = configuration(q.shape[3], q.element_size(), backward=False)
+        blocks = configuration(q.shape[3], q.element_size(), backward=False, architecture=architecture(q))
         with on_device(q):
             _forward_kernel[(case.sequences * q.shape[1] * -(-case.m // blocks["BLOCK_M"]),)](
                 q, k, v, o, lse, case.indices, *case.offsets, q.shape[1], case.m, case.n, k.shape[2],
@@ -269,14 +275,14 @@ def _launch_backward(
     case = _case(q, k, indices, cu_q, cu_k, max_q, max_k)
     (b, heads, m, d), rows = q.shape, k.shape[2] if indices is None else case.n
     dq, dk, dv = _rows_of(q), _rows_of(k, rows), _rows_of(v, rows)
-    blocks = configuration(d, q.element_size(), backward=True)
+    blocks = configuration(d, q.element_size(), backward=True, architecture=architecture(q))
     shared = (heads, case.m, case.n, k.shape[2], scale * _LOG2_E, scale)
     strides = (*grad.stride(), *q.stride(), *k.stride(), *v.stride())
     delta = torch.empty_like(lse)
     with on_device(q):
         if m and b:
-            _delta_kernel[(b * heads * -(-m // 64),)](
-                grad, o, delta, m, heads, *grad.stride(), *o.stride()[:3], D=d, WIDE=case.options["WIDE"], BLOCK_M=64,
+            _delta_kernel[(b * heads * -(-m // 32),)](
+                grad, o, delta, m, heads, *grad.stride(), *o.stride()[:3], D=d, WIDE=case.options["WIDE"], BLOCK_M=32,
                 BLOCK_D=blocks["BLOCK_D"], num_warps=4,
             )  # fmt: skip
         if case.sequences * case.n:

@@ -8,8 +8,8 @@ from torch import Tensor
 from . import reference
 from ._checks import count
 from ._library import register
-from ._triton import jit, on_device, tl
-from .topk import bracket, check_scores, configuration, load_keys, normal
+from ._triton import jit, on_device, power_of_2, tl
+from .topk import bracket, check_scores, load_keys, normal
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
 
@@ -63,6 +63,13 @@ def _gradient_kernel(p_factors, p_out, n, samples, seed, row0, WIDE: tl.constexp
         b_out += tl.load(p_factors + sample) * normal(seed, row0 + row, o_index, sample).to(WIDE)
     p_to = p_out + row.to(tl.int64) * n + o_index
     tl.store(p_to, b_out.to(p_out.dtype.element_ty), mask=o_index < n)
+
+
+def configuration(n: int) -> dict[str, int]:
+    """As for `topk`, with 8 numbers a thread, for the noise takes registers: of rows of more than 4,096 it is made anew
+    in each round."""
+    block = min(max(power_of_2(n), 128), 4096)
+    return {"BLOCK": block, "ONE": n <= block, "num_warps": max(block // 256, 1)}
 
 
 def _launch(scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:

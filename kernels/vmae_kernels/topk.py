@@ -96,23 +96,22 @@ def bracket(b_keys, p_scores, n, k, stride, sigma, seed, row, sample,
 
 @jit
 def _partition_kernel(
-    p_scores, p_selected, p_rest, n, k, stride_row, stride, BLOCK: tl.constexpr, ONE: tl.constexpr, REST: tl.constexpr
-):
+    p_scores, p_selected, p_rest, n, k, stride_row, stride,
+    BLOCK: tl.constexpr, ONE: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     p_scores += row * stride_row
     p_selected += row * k
     p_rest += row * (n - k)
-    o_block = tl.arange(0, BLOCK)
-    b_keys = load_keys(p_scores, o_block, n, stride, 0.0, 0, 0, 0, False)
+    b_keys = load_keys(p_scores, tl.arange(0, BLOCK), n, stride, 0.0, 0, 0, 0, False)
     low, high, missing = bracket(b_keys, p_scores, n, k, stride, 0.0, 0, 0, 0, BLOCK, ONE, False)
     above_before, equal_before = 0, 0
-    for start in range(0, n, BLOCK):
-        o_index = start + o_block
+    for start in range(0, n, TILE):  # read again, for want of registers
+        o_index = start + tl.arange(0, TILE)
         m_row = o_index < n
-        if not ONE:
-            b_keys = load_keys(p_scores, o_index, n, stride, 0.0, 0, 0, 0, False)
-        m_above = (b_keys >= high) & m_row
-        m_equal = (b_keys >= low) & (b_keys < high) & m_row
+        b_tile = load_keys(p_scores, o_index, n, stride, 0.0, 0, 0, 0, False)
+        m_above = (b_tile >= high) & m_row
+        m_equal = (b_tile >= low) & (b_tile < high) & m_row
         b_both = (m_above.to(tl.int32) << 16) + m_equal.to(tl.int32)  # two counts in one scan
         b_ranks = tl.cumsum(b_both, 0)
         b_equal = equal_before + (b_ranks & 0xFFFF)
@@ -132,7 +131,8 @@ _LARGEST = 16384  # keys that one program holds: 32 a thread
 def configuration(n: int) -> dict[str, int]:
     """Rows that fit are held in registers, 32 keys a thread; of longer ones each round reads blocks anew."""
     block = min(max(power_of_2(n), 128), _LARGEST)
-    return {"BLOCK": block, "ONE": n <= block, "num_warps": min(max(block // 1024, 1), 16)}
+    warps = min(max(block // 1024, 1), 16)
+    return {"BLOCK": block, "ONE": n <= block, "TILE": min(block, 256 * warps), "num_warps": warps}
 
 
 def _launch(scores: Tensor, k: int, *, rest: bool) -> tuple[Tensor, Tensor]:

@@ -61,17 +61,17 @@ def _launch(
         scale, shift = reference.affine(mean, std, not video.is_floating_point())
         k, length = patches.shape[1:]
         with on_device(video):
-            _tubelets_kernel[(b * -(-k // _ROWS),)](
+            _tubelets_kernel[(b * -(-k // ROWS),)](
                 video, indices, patches, k, *grid, *video.stride(), *indices.stride(), *size, channels, scale, shift,
                 PACKED=video.stride(1) == 1 and video.stride(4) == channels,
                 COMPUTE=tl.float64 if dtype == torch.float64 else tl.float32,
-                ROWS=_ROWS, COLUMNS=min(power_of_2(length), 512), num_warps=4,
+                ROWS=ROWS, COLUMNS=min(power_of_2(length), 512), num_warps=4,
                 enable_fp_fusion=False,  # as the reference rounds
             )  # fmt: skip
     return patches
 
 
-_ROWS = 4  # tubelets of a program: with 512 values of each at a time, a thread reads 16 bytes of uint8 at once
+ROWS = 4  # tubelets of a program: with 512 values of each at a time, a thread reads 16 bytes of uint8 at once
 
 
 def _launch_backward(

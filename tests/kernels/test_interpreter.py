@@ -32,8 +32,12 @@ inside = pytest.mark.skipif(not INTERPRETED, reason="runs where Triton interpret
 @outside
 def test_the_tests_of_every_operation_pass_with_its_kernel():
     pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "VMAE_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not large and not long", "-W", "ignore::RuntimeWarning"]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1", "VMAE_KERNELS": "triton", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "interpreting", "-m", "not large and not long",
+               "-W", "ignore::RuntimeWarning"]  # fmt: skip
     processes = [
         subprocess.Popen([*command, *(HERE / name for name in part)], env=environment, text=True, cwd=HERE.parents[1],
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -1,23 +1,17 @@
-"""With TRITON_INTERPRET=1 these tests run the Triton kernels on the CPU (see test_interpreter.py)."""
-
-import os
+"""A plugin for pytest: what the tests of the kernels need where Triton interprets them (see test_interpreter.py)."""
 
 import pytest
 import torch
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+from hypothesis import settings
 
 
 def pytest_configure() -> None:
-    if INTERPRETED:
-        from hypothesis import settings
-
-        settings.register_profile("interpreter", max_examples=15, deadline=None)
-        settings.load_profile("interpreter")
-        _mend_the_interpreter()
+    settings.register_profile("interpreter", max_examples=15, deadline=None)
+    settings.load_profile("interpreter")
+    _mend_the_interpreter()
 
 
-@pytest.fixture(autouse=INTERPRETED)
+@pytest.fixture(autouse=True)
 def poisoned():
     """What a kernel is to write holds NaN, or the largest integer, until it does."""
     before = torch.are_deterministic_algorithms_enabled()
