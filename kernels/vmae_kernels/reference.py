@@ -157,6 +157,7 @@ def gather_tokens_backward(grad: Tensor, indices: Tensor, n: int, unique: bool) 
     b, k, d = grad.shape
     rows, flat = grad.reshape(b * k, d), _flat(indices, n)
     if unique:
+        check_distinct(indices, n, always=False)
         return grad.new_zeros(b * n, d).index_copy_(0, flat, rows).view(b, n, d)
     total = torch.zeros(b * n, d, dtype=_compute_dtype(grad.dtype), device=grad.device)
     if grad.is_cpu:

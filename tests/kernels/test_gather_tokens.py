@@ -168,3 +168,14 @@ def test_errors():
         gather_tokens([[[0.0]]], indices)
     with pytest.raises(ValueError, match=r"indices: .*device of x, cpu, got meta"):
         gather_tokens(x, indices.to("meta"))
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_a_broken_promise_is_found_on_request(operation, monkeypatch):
+    """VMAE_CHECK=1 looks for duplicates under `unique`, which are not looked for otherwise."""
+    x, indices = rand(2, 5, 3).requires_grad_(), torch.tensor([[0, 3], [2, 2]])
+    y = gather_tokens(x, indices, unique=True)
+    monkeypatch.setenv("VMAE_CHECK", "1")
+    with pytest.raises(ValueError, match="indices: expected distinct values in each row, got a value twice"):
+        y.sum().backward() if operation == "backward" else gather_tokens(x, indices, unique=True)
+    gather_tokens(x, indices).sum().backward()

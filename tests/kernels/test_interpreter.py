@@ -14,7 +14,7 @@ from test_registration import calls, evaluate
 
 from vmae import VideoMAE, VideoMAEConfig
 from vmae.tokens import Tokens
-from vmae_kernels import _triton
+from vmae_kernels import _triton, attention, decoder_tokens, gather_tokens, reference, scatter_tokens, tubelets
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -85,6 +85,27 @@ def test_the_model_learns_the_same(strategy, monkeypatch):
         results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@inside
+def test_an_index_that_lies_outside_touches_nothing_foreign(monkeypatch):
+    """As on a GPU, where nothing is read back to be checked."""
+    for check in ("check_range", "check_distinct"):
+        monkeypatch.setattr(reference, check, lambda *args, **options: None)
+    around = torch.full((3, 6, 5), torch.nan)
+    around[1] = torch.arange(30.0).view(6, 5)
+    x, indices = around[1:2], torch.tensor([[2, -7, 6, 10**6]])
+    y = gather_tokens(x, indices)
+    assert torch.equal(y, x[:, [2, 0, 5, 5]])
+    assert torch.equal(scatter_tokens(y, indices, 6, fill=-1.0)[0, 2], x[0, 2])
+    assert (scatter_tokens(y, indices, 6, fill=-1.0)[0, [0, 1, 3, 4, 5]] == -1).all()
+    assert decoder_tokens(y, indices, indices, torch.zeros(5), x[0]).isfinite().all()
+    video = torch.full((3, 1, 4, 4, 4), torch.nan)
+    video[1] = 1
+    assert (tubelets(video[1:2], indices, size=(2, 2, 2), mean=[0.0], std=[1.0]) == 1).all()
+    q, k = torch.ones(1, 1, 3, 16), torch.full((3, 1, 6, 16), torch.nan)
+    k[1] = 1
+    assert (attention(q, k[1:2], k[1:2], kv_indices=indices) == 1).all()
 
 
 @outside
