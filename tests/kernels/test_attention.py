@@ -388,3 +388,18 @@ def test_varlen_errors():
         attention_varlen(q[..., :8], k[..., :8], v[..., :8], cu, cu, 4, 4)
     with pytest.raises(TypeError, match=r"v: .*float32.*got torch.bfloat16"):
         attention_varlen(q, k, v.bfloat16(), cu, cu, 4, 4)
+
+
+def test_scores_far_below_zero():
+    """Every one of them: a weight's exponent minus the log-sum-exp stays in range, also beyond the last key."""
+    tensors = [x.detach() * 0.1 + sign * 20 for x, sign in zip(inputs(1, 2, 70, 75, 16), (1, -1, 0), strict=True)]
+    got = check(attention, naive, [x.requires_grad_() for x in tensors], rand(1, 2, 70, 16, seed=9))
+    assert all(x.isfinite().all() for x in got)
+
+
+def test_keys_that_are_infinitely_far():
+    """The first ones, for longer than any block."""
+    q, k, v = (x.detach() for x in inputs(1, 1, 5, 300, 16))
+    q, k[:, :, :290] = torch.full_like(q, 1e30), torch.full_like(k[:, :, :290], -1e30)
+    k[:, :, 290:] = 0
+    torch.testing.assert_close(attention(q, k, v), v[:, :, 290:].mean(2, keepdim=True).expand(1, 1, 5, 16))
