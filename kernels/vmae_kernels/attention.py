@@ -196,7 +196,7 @@ def configuration(d: int, size: int, *, backward: bool, architecture: int) -> di
     block_d = max(power_of_2(d), 16)
     long = block_d > 64
     if size > 2:
-        m, n, warps = (16, 16, 8) if long else (32, 32, 8)
+        m, n, warps = 16 if long else 32, 32 if backward and not long else 16, 8
     elif backward:
         m, n, warps = 64, 64, 8 if long and architecture < 100 else 4
     else:
