@@ -388,6 +388,8 @@ def _backward(ctx, grad: Tensor):
     return *backward(grad, *ctx.saved_tensors, ctx.max_q, ctx.max_k, ctx.scale), None, None, None, None, None
 
 
+# Dense attention is given to the kernel as well, for PyTorch's backward on CUDA is not deterministic by default. Which
+# of the two is faster, at which shapes, has not yet been measured.
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, kv_indices: Tensor | None) -> Tensor:
     if q.is_cuda and q.dtype == torch.float64:  # matrix instructions want less
         return reference.attention(q, k, v, scale, kv_indices)
@@ -472,8 +474,8 @@ def attention(
             get a zero gradient.
 
     Returns:
-        [B, H, M, d] in q's dtype. On a CPU memory is O(M) and forward and backward are deterministic; on CUDA both are
-        those of the backend that PyTorch picks, until this operation has a kernel of its own.
+        [B, H, M, d] in q's dtype. Memory is O(M), and forward and backward are deterministic, but for what PyTorch's
+        backends do on CUDA without Triton or in float64.
 
     Raises:
         TypeError: dtypes differ or are not floating point.
