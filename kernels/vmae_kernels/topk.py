@@ -56,9 +56,9 @@ def bracket(b_keys, p_scores, n, k, stride, sigma, seed, row, sample,
     """(low, high, missing) such that a row's k largest are the keys from `high` on and the first `missing` of those
     from `low` to below `high`.
 
-    Each round counts the keys from some value on, which goes by interpolation and by halves in turn: about ten rounds
-    for scores as they come, at most twice as many as a key has bits. With ONE the row's keys are `b_keys` [BLOCK], else
-    they are read in blocks, as by `load_keys`.
+    Each round counts the keys from some value on, which goes by interpolation and by halves in turn: 9 to 17 rounds on
+    average for scores from smooth distributions, about 40 for ten different values, and at most twice as many as a key
+    has bits. With ONE the row's keys are `b_keys` [BLOCK], else they are read in blocks, as by `load_keys`.
     """
     o_block = tl.arange(0, BLOCK)
     if ONE:
