@@ -31,7 +31,7 @@ def _decoder_tokens_kernel(
     p_position = p_positions + b * stride_pb + (index * stride_pn)[:, None]
     p_to = p_z + b * (v + k) * d + (o_wide * d)[:, None]
     for start in range(0, d, COLUMNS):
-        o_column = (start + tl.arange(0, COLUMNS))[None, :]
+        o_column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
         m_column = o_column < d
         token = tl.load(p_from + o_column * stride_vd, mask=m_visible[:, None] & m_column, other=0.0).to(WIDE)
         mask_token = tl.load(p_mask + o_column * stride_m, mask=m_column, other=0.0).to(WIDE)

@@ -32,7 +32,7 @@ def _gather_kernel(
     p_from = p_x + b * stride_xb + (index * stride_xn)[:, None]  # [ROWS, 1]
     p_to = p_y + b * k * d + (o_row.to(tl.int64) * d)[:, None]
     for start in range(0, d, COLUMNS):
-        o_column = (start + tl.arange(0, COLUMNS))[None, :]
+        o_column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
         mask = m_row[:, None] & (o_column < d)
         tl.store(p_to + o_column, tl.load(p_from + o_column * stride_xd, mask=mask, other=0), mask=mask)
 
@@ -58,7 +58,7 @@ def _place_kernel(
     p_from = p_y + b * stride_yb + (source * stride_yk)[:, None]
     p_to = p_x + b * n * d + (o_row.to(tl.int64) * d)[:, None]
     for start in range(0, d, COLUMNS):
-        o_column = (start + tl.arange(0, COLUMNS))[None, :]
+        o_column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
         m_column = o_column < d
         x = tl.load(p_from + o_column * stride_yd, mask=(source >= 0)[:, None] & m_column, other=0)
         if FILL:

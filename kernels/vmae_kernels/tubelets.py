@@ -37,8 +37,11 @@ def _tubelets_kernel(
     for start in tl.static_range(0, T * H * W * C, COLUMNS):
         o_column = start + tl.arange(0, COLUMNS)
         o_line = o_column // (W * C)  # frame and row
-        inside = o_column % (W * C) if PACKED else o_column // C % W * stride_vw + o_column % C * stride_vc
-        offset = o_line // H * stride_vt + o_line % H * stride_vh + inside
+        if PACKED:
+            offset = (o_column % (W * C)).to(tl.int64)
+        else:
+            offset = (o_column // C % W).to(tl.int64) * stride_vw + (o_column % C).to(tl.int64) * stride_vc
+        offset += (o_line // H).to(tl.int64) * stride_vt + (o_line % H).to(tl.int64) * stride_vh
         b_scale = tl.full((COLUMNS,), SCALE[0], COMPUTE)
         b_shift = tl.full((COLUMNS,), SHIFT[0], COMPUTE)
         for c in tl.static_range(1, C):
