@@ -1,4 +1,4 @@
-"""Drop-in operations for long-context video models. Needs torch, and nothing else."""
+"""Drop-in operations for long-context video models. Needs torch, and Triton for the kernels on CUDA; nothing else."""
 
 import torch
 
