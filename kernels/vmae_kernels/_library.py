@@ -9,7 +9,9 @@ from torch import Tensor
 
 from . import _triton
 
-NAMESPACE = "vmae_kernels"
+# The name that this package was imported by, so that copies of it do not meet.
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
+ops = getattr(torch.ops, NAMESPACE)
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -89,6 +91,6 @@ def _autocast_rule(name: str, device_type: str, cast: int) -> Callable[..., Any]
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
             head = (x if x.dtype == torch.float64 else x.to(dtype) for x in args[:cast])
-            return getattr(torch.ops.vmae_kernels, name)(*head, *args[cast:])
+            return getattr(ops, name)(*head, *args[cast:])
 
     return run

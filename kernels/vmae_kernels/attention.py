@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import FLOATS, INTEGERS, count, dtype_in, same_device, same_dtype, sizes
-from ._library import register, register_composite
+from ._library import ops, register, register_composite
 from ._triton import architecture, jit, on_device, power_of_2, tl
 from .gather_tokens import place
 
@@ -16,14 +16,21 @@ from .gather_tokens import place
 
 
 @jit
-def _start(p_cu, b, PACKED: tl.constexpr):
-    """Where sequence b starts among the rows; 0 where sequences are rows of a batch."""
-    return tl.load(p_cu + b).to(tl.int64) if PACKED else tl.zeros((), tl.int64)
+def _block_of_program(longest, heads, BLOCK: tl.constexpr):
+    """This program's share: (sequence, head, BLOCK rows of it), of `longest` rows at most."""
+    blocks = tl.cdiv(longest, BLOCK)
+    head = tl.program_id(0) // blocks
+    rows = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    return (head // heads).to(tl.int64), (head % heads).to(tl.int64), rows
 
 
 @jit
-def _length(p_cu, b, length, PACKED: tl.constexpr):
-    return tl.load(p_cu + b + 1) - tl.load(p_cu + b) if PACKED else length
+def _sequence(p_cu, b, length, PACKED: tl.constexpr):
+    """Where sequence b starts among the rows, and how many it has: all, from 0 on, of what is not packed."""
+    if PACKED:
+        start = tl.load(p_cu + b)
+        return start.to(tl.int64), tl.load(p_cu + b + 1) - start
+    return tl.zeros((), tl.int64), length
 
 
 @jit
@@ -51,12 +58,10 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries: softmax with a running maximum, in powers of 2; lse [M] in the same."""
-    blocks = tl.cdiv(m, BLOCK_M)
-    b, h = (tl.program_id(0) // blocks // heads).to(tl.int64), (tl.program_id(0) // blocks % heads).to(tl.int64)
-    first, first_key = _start(p_cu_q, b, PACKED), _start(p_cu_k, b, PACKED)
-    m, n = _length(p_cu_q, b, m, PACKED), _length(p_cu_k, b, n, PACKED)
+    b, h, o_m = _block_of_program(m, heads, BLOCK_M)
+    first, m = _sequence(p_cu_q, b, m, PACKED)
+    first_key, n = _sequence(p_cu_k, b, n, PACKED)
     batch = tl.zeros((), tl.int64) if PACKED else b
-    o_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < m
     rows = first + o_m
     b_q = _load_rows(p_q + batch * stride_qb + h * stride_qh, rows, m_m, stride_qm, stride_qd, D, BLOCK_D)
@@ -93,9 +98,7 @@ def _delta_kernel(
     D: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """delta = the sum of grad * o over a row."""
-    blocks = tl.cdiv(m, BLOCK_M)
-    b, h = (tl.program_id(0) // blocks // heads).to(tl.int64), (tl.program_id(0) // blocks % heads).to(tl.int64)
-    o_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, h, o_m = _block_of_program(m, heads, BLOCK_M)
     m_m, rows = o_m < m, o_m.to(tl.int64)
     b_grad = _load_rows(p_grad + b * stride_gb + h * stride_gh, rows, m_m, stride_gm, stride_gd, D, BLOCK_D)
     b_o = _load_rows(p_o + b * stride_ob + h * stride_oh, rows, m_m, stride_om, 1, D, BLOCK_D)
@@ -112,12 +115,10 @@ def _keys_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: their gradients, and their values', summed over all queries in turn."""
-    blocks = tl.cdiv(n, BLOCK_N)
-    b, h = (tl.program_id(0) // blocks // heads).to(tl.int64), (tl.program_id(0) // blocks % heads).to(tl.int64)
-    first, first_key = _start(p_cu_q, b, PACKED), _start(p_cu_k, b, PACKED)
-    m, n = _length(p_cu_q, b, m, PACKED), _length(p_cu_k, b, n, PACKED)
+    b, h, o_n = _block_of_program(n, heads, BLOCK_N)
+    first, m = _sequence(p_cu_q, b, m, PACKED)
+    first_key, n = _sequence(p_cu_k, b, n, PACKED)
     batch = tl.zeros((), tl.int64) if PACKED else b
-    o_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n
     keys = first_key + _key_rows(p_indices + b * stride_ib, o_n, n, total, stride_is, INDEXED)
     b_k = _load_rows(p_k + batch * stride_kb + h * stride_kh, keys, m_n, stride_kn, stride_kd, D, BLOCK_D)
@@ -157,12 +158,10 @@ def _queries_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries: their gradients, summed over all keys in turn."""
-    blocks = tl.cdiv(m, BLOCK_M)
-    b, h = (tl.program_id(0) // blocks // heads).to(tl.int64), (tl.program_id(0) // blocks % heads).to(tl.int64)
-    first, first_key = _start(p_cu_q, b, PACKED), _start(p_cu_k, b, PACKED)
-    m, n = _length(p_cu_q, b, m, PACKED), _length(p_cu_k, b, n, PACKED)
+    b, h, o_m = _block_of_program(m, heads, BLOCK_M)
+    first, m = _sequence(p_cu_q, b, m, PACKED)
+    first_key, n = _sequence(p_cu_k, b, n, PACKED)
     batch = tl.zeros((), tl.int64) if PACKED else b
-    o_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m, rows = o_m < m, first + o_m
     b_q = _load_rows(p_q + batch * stride_qb + h * stride_qh, rows, m_m, stride_qm, stride_qd, D, BLOCK_D)
     b_grad = _load_rows(p_grad + batch * stride_gb + h * stride_gh, rows, m_m, stride_gm, stride_gd, D, BLOCK_D)
@@ -327,7 +326,7 @@ def _kernel_backward(ctx, grad: Tensor | None, _):
     if grad is None:
         return (None,) * 9
     *tensors, indices, cu_q, cu_k = ctx.saved_tensors
-    backward = torch.ops.vmae_kernels.attention_kernel_backward
+    backward = ops.attention_kernel_backward
     return *backward(grad, *tensors, ctx.scale, indices, cu_q, cu_k, ctx.max_q, ctx.max_k), *(None,) * 6
 
 
@@ -365,7 +364,7 @@ def _setup_cpu_context(ctx, inputs, output) -> None:
 
 
 def _cpu_backward(ctx, grad: Tensor, _):
-    return *torch.ops.vmae_kernels.attention_cpu_backward(grad, *ctx.saved_tensors, ctx.scale), None
+    return *ops.attention_cpu_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
 def _fake_varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *lengths_and_scale) -> Tensor:
@@ -384,7 +383,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    backward = torch.ops.vmae_kernels.attention_varlen_reference_backward
+    backward = ops.attention_varlen_reference_backward
     return *backward(grad, *ctx.saved_tensors, ctx.max_q, ctx.max_k, ctx.scale), None, None, None, None, None
 
 
@@ -394,7 +393,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, kv_indices:
     if q.is_cuda and q.dtype == torch.float64:  # matrix instructions want less
         return reference.attention(q, k, v, scale, kv_indices)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.vmae_kernels.attention_kernel(q, k, v, scale, kv_indices, None, None, 0, 0)[0]
+    return ops.attention_kernel(q, k, v, scale, kv_indices, None, None, 0, 0)[0]
 
 
 def _attention_varlen(
@@ -404,12 +403,12 @@ def _attention_varlen(
         return _varlen_reference(q, k, v, cu_q, cu_k, max_q, max_k, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    o = torch.ops.vmae_kernels.attention_kernel(q, k, v, scale, None, cu_q, cu_k, max_q, max_k)[0]
+    o = ops.attention_kernel(q, k, v, scale, None, cu_q, cu_k, max_q, max_k)[0]
     return o[0].transpose(0, 1)
 
 
 def _varlen_reference(*args: Any) -> Tensor:
-    return torch.ops.vmae_kernels.attention_varlen_reference(*args)
+    return ops.attention_varlen_reference(*args)
 
 
 register_composite(
@@ -495,7 +494,7 @@ def attention(
         dtype_in("kv_indices", kv_indices, INTEGERS)
         same_device("kv_indices", kv_indices, "q", q)
     count("keys per row", n, 1)
-    return torch.ops.vmae_kernels.attention(q, k, v, scale, kv_indices)
+    return ops.attention(q, k, v, scale, kv_indices)
 
 
 def attention_varlen(
@@ -541,4 +540,4 @@ def attention_varlen(
         same_device(name, x, "q", q)
     count("max_q", max_q, 0)
     count("max_k", max_k, 0)
-    return torch.ops.vmae_kernels.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale)
+    return ops.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale)

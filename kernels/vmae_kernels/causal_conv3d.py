@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import FLOATS, dtype_in, same_device, same_dtype, sizes
-from ._library import register_composite
+from ._library import ops, register_composite
 
 register_composite(
     "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, Tensor? cache) -> Tensor",
@@ -78,5 +78,5 @@ def causal_conv3d(
         sizes("cache", cache, "B C frames H W", B=b, C=c, frames=kt - st, H=h, W=w)
         same_dtype("cache", cache, "x", x)
         same_device("cache", cache, "x", x)
-    y = torch.ops.vmae_kernels.causal_conv3d(x, weight, bias, list(stride), cache)
+    y = ops.causal_conv3d(x, weight, bias, list(stride), cache)
     return (y, reference.past_frames(x, cache, kt - st)) if return_cache else y

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import INTEGERS, dtype_in, same_device, sizes
-from ._library import register
+from ._library import ops, register
 from ._triton import jit, on_device, tl
 from .gather_tokens import configuration, row_of_program
 
@@ -90,7 +90,7 @@ def _backward(ctx, grad: Tensor):
         rows, shared = grad.to(positions_dtype), len(ctx.shape) == 2
         if shared:  # every batch row adds to the same table
             rows, indices = rows.reshape(1, -1, rows.shape[2]), indices.reshape(1, -1)
-        grad_positions = torch.ops.vmae_kernels.gather_tokens_backward(rows, indices, ctx.shape[-2], False)
+        grad_positions = ops.gather_tokens_backward(rows, indices, ctx.shape[-2], False)
         grad_positions = grad_positions[0] if shared else grad_positions
     return grad[:, : ctx.v], None, None, grad_mask, grad_positions
 
@@ -149,4 +149,4 @@ def decoder_tokens(
     for name, x in (("visible_indices", visible_indices), ("selected_indices", selected_indices)):
         dtype_in(name, x, INTEGERS)
         same_device(name, x, "visible", visible)
-    return torch.ops.vmae_kernels.decoder_tokens(visible, visible_indices, selected_indices, mask_token, positions)
+    return ops.decoder_tokens(visible, visible_indices, selected_indices, mask_token, positions)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import FLOATS, count, dtype_in
-from ._library import register
+from ._library import ops, register
 from ._triton import jit, on_device, power_of_2, tl
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor, _):
     (z,) = ctx.saved_tensors
-    return torch.ops.vmae_kernels.fsq_backward(grad, z, ctx.levels), None
+    return ops.fsq_backward(grad, z, ctx.levels), None
 
 
 register(
@@ -173,4 +173,4 @@ def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
         count("levels", level, 2)
     if math.prod(levels) > 2**31:
         raise ValueError(f"levels: expected a product of at most 2^31, got {levels}")
-    return torch.ops.vmae_kernels.fsq(z, levels)
+    return ops.fsq(z, levels)

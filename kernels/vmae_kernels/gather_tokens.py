@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import INTEGERS, dtype_in, same_device, sizes
-from ._library import register
+from ._library import ops, register
 from ._triton import bits, jit, on_device, power_of_2, tl
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     (indices,) = ctx.saved_tensors
-    return torch.ops.vmae_kernels.gather_tokens_backward(grad, indices, ctx.n, ctx.unique), None, None
+    return ops.gather_tokens_backward(grad, indices, ctx.n, ctx.unique), None, None
 
 
 def _setup_context_backward(ctx, inputs, output) -> None:
@@ -179,7 +179,7 @@ def _setup_context_backward(ctx, inputs, output) -> None:
 
 def _backward_backward(ctx, grad: Tensor):
     (indices,) = ctx.saved_tensors
-    return torch.ops.vmae_kernels.gather_tokens(grad, indices, ctx.unique), None, None, None
+    return ops.gather_tokens(grad, indices, ctx.unique), None, None, None
 
 
 register(
@@ -222,4 +222,4 @@ def gather_tokens(x: Tensor, indices: Tensor, *, unique: bool = False) -> Tensor
     sizes("indices", indices, "B K", B=b)
     dtype_in("indices", indices, INTEGERS)
     same_device("indices", indices, "x", x)
-    return torch.ops.vmae_kernels.gather_tokens(x, indices, unique)
+    return ops.gather_tokens(x, indices, unique)

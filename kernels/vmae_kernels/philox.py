@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._library import register_factory
+from ._library import ops, register_factory
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -70,7 +70,7 @@ def random_words(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words per element of [rows, n], keyed by (element, row, block, stream) and `seed`; rows count from `row`."""
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
-    return torch.ops.vmae_kernels.random_words(rows, n, key0, key1, block, stream, row, device)
+    return ops.random_words(rows, n, key0, key1, block, stream, row, device)
 
 
 def random_keys(rows: int, n: int, *, seed: int, stream: int, device: torch.device, row: int = 0) -> Tensor:

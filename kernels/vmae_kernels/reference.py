@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._library import ops
 from .philox import normals
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -245,7 +246,7 @@ _QUERY_BLOCK = 1024
 def _kv_rows(x: Tensor, indices: Tensor) -> Tensor:
     """Rows `indices` [B, S] of x [B, H, N, d], gathered along x's own layout: heads inside tokens, or outside."""
     b, h, _, d = x.shape
-    gather = torch.ops.vmae_kernels.gather_tokens
+    gather = ops.gather_tokens
     if x.stride(1) < x.stride(2):
         return gather(x.transpose(1, 2).flatten(2), indices, True).unflatten(2, (h, d)).transpose(1, 2)
     return gather(x.flatten(0, 1), indices.repeat_interleave(h, dim=0), True).unflatten(0, (b, h))
@@ -256,7 +257,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, kv_indices: 
         k, v = _kv_rows(k, kv_indices), _kv_rows(v, kv_indices)
     if q.numel() and _bfloat16_on_cpu(q, k, v):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return torch.ops.vmae_kernels.attention_cpu(q, k, v, scale)[0]
+        return ops.attention_cpu(q, k, v, scale)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import INTEGERS, count, dtype_in, same_device, sizes
-from ._library import register
+from ._library import ops, register
 from .gather_tokens import place
 
 
@@ -29,7 +29,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     (indices,) = ctx.saved_tensors
-    grad_y = torch.ops.vmae_kernels.gather_tokens(grad, indices, True)
+    grad_y = ops.gather_tokens(grad, indices, True)
     grad_fill = None
     if ctx.fill_dtype is not None and ctx.needs_input_grad[3]:
         filled = torch.ones(grad.shape[:2], dtype=torch.bool, device=grad.device).scatter(1, indices.long(), False)
@@ -76,5 +76,5 @@ def scatter_tokens(y: Tensor, indices: Tensor, n: int, *, fill: float | Tensor =
     if isinstance(fill, Tensor):
         sizes("fill", fill, "D", D=d)
         same_device("fill", fill, "y", y)
-        return torch.ops.vmae_kernels.scatter_tokens(y, indices, n, fill, 0.0)
-    return torch.ops.vmae_kernels.scatter_tokens(y, indices, n, None, float(fill))
+        return ops.scatter_tokens(y, indices, n, fill, 0.0)
+    return ops.scatter_tokens(y, indices, n, None, float(fill))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import count
-from ._library import register
+from ._library import ops, register
 from ._triton import jit, on_device, power_of_2, tl
 from .topk import bracket, check_scores, load_keys, normal
 
@@ -125,7 +125,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     (scores,) = ctx.saved_tensors
-    return torch.ops.vmae_kernels.soft_topk_backward(grad, scores, *ctx.settings), None, None, None, None, None
+    return ops.soft_topk_backward(grad, scores, *ctx.settings), None, None, None, None, None
 
 
 _SETTINGS = "Tensor scores, SymInt k, float sigma, SymInt samples, SymInt seed, SymInt row"
@@ -181,4 +181,4 @@ def soft_topk(scores: Tensor, k: int, *, sigma: float, samples: int, seed: int, 
         raise ValueError(f"sigma: expected a finite number above 0, got {sigma}")
     # An operation's integers are 64 bits wide and signed.
     seed = (seed + 2**63) % 2**64 - 2**63
-    return torch.ops.vmae_kernels.soft_topk(scores, k, sigma, samples, seed, row)
+    return ops.soft_topk(scores, k, sigma, samples, seed, row)

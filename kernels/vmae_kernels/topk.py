@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import FLOATS, count, dtype_in
-from ._library import register
+from ._library import ops, register
 from ._triton import jit, on_device, power_of_2, tl
 
 # --- the kernel ----------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def topk(scores: Tensor, k: int) -> Tensor:
     Under autocast: never casts.
     """
     check_scores(scores, k)
-    return torch.ops.vmae_kernels.topk(scores, k)
+    return ops.topk(scores, k)
 
 
 def topk_partition(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -216,4 +216,4 @@ def topk_partition(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         (selected int64 [..., k], rest int64 [..., N - k]).
     """
     check_scores(scores, k)
-    return torch.ops.vmae_kernels.topk_partition(scores, k)
+    return ops.topk_partition(scores, k)

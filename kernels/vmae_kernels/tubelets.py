@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import FLOATS, INTEGERS, dtype_in, same_device, sizes
-from ._library import register
+from ._library import ops, register
 from ._triton import jit, on_device, power_of_2, tl
 from .gather_tokens import row_of_program
 
@@ -85,7 +85,7 @@ def _launch_backward(
     scale, _ = reference.affine([0.0] * len(std), std, False)
     wide = grad.to(torch.float64 if dtype == torch.float64 else torch.float32)
     factor = reference.vector(scale, wide.dtype, grad.device).repeat(math.prod(size))
-    summed = torch.ops.vmae_kernels.gather_tokens_backward(wide * factor, indices, math.prod(view.shape[1:4]), False)
+    summed = ops.gather_tokens_backward(wide * factor, indices, math.prod(view.shape[1:4]), False)
     view.copy_(summed.view(view.shape))
     return video
 
@@ -109,7 +109,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     (indices,) = ctx.saved_tensors
-    backward = torch.ops.vmae_kernels.tubelets_backward
+    backward = ops.tubelets_backward
     return backward(grad, indices, list(ctx.shape), ctx.size, ctx.std, ctx.dtype), None, None, None, None, None
 
 
@@ -179,4 +179,4 @@ def tubelets(
         raise ValueError(f"std: expected numbers above 0, got {tuple(std)}")
     if dtype not in FLOATS:
         raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
-    return torch.ops.vmae_kernels.tubelets(video, indices, list(size), list(mean), list(std), dtype)
+    return ops.tubelets(video, indices, list(size), list(mean), list(std), dtype)
