@@ -3,7 +3,7 @@ PYTHON ?= python3
 READY := .venv/.ready
 RUN := .venv/bin/
 
-.PHONY: setup demo test test-long lint bench resources clean
+.PHONY: setup demo test test-long lint bench resources sanitize hub clean
 
 setup: $(READY)
 
@@ -32,9 +32,21 @@ lint: $(READY)
 bench: $(READY)
 	$(RUN)python benchmarks/pretraining_step.py
 
-# Compiles every configuration of every kernel for three GPU generations, on any machine (some minutes).
+# Compiles every configuration of every kernel for four GPU generations, on any machine (some minutes).
 resources: $(READY)
 	$(RUN)python -m vmae_kernels.resources --all
+
+# The kernels' GPU tests under NVIDIA's compute-sanitizer, which comes with the CUDA toolkit: reads and writes out of
+# bounds, of memory that nothing was written to, and races between threads of a block (hours, where minutes without).
+sanitize: $(READY)
+	for tool in memcheck initcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+			$(RUN)python -m pytest -m cuda tests/kernels/test_cuda.py -k "0004frames" || exit 1; \
+	done
+
+# vmae_kernels as a kernel of Hugging Face's Hub, in build/hub.
+hub: $(READY)
+	$(RUN)python kernels/hub.py build/hub
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -10,6 +10,7 @@ from . import reference
 from ._checks import FLOATS, INTEGERS, count, dtype_in, same_device, same_dtype, sizes
 from ._library import ops, register, register_composite
 from ._triton import architecture, jit, on_device, power_of_2, tl
+from ._tuning import Configuration, launch
 from .gather_tokens import place
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
@@ -186,24 +187,26 @@ def _queries_backward_kernel(
     tl.store(p_dq, (b_dq * factor).to(p_dq.dtype.element_ty), mask=m_m[:, None] & (o_d < D))
 
 
-def configuration(d: int, size: int, *, backward: bool, architecture: int) -> dict[str, int]:
+def configuration(d: int, size: int, *, backward: bool, architecture: int) -> Configuration:
     """Blocks for heads of d numbers of `size` bytes.
 
     By what the compiler says (`make resources`), not yet by time: the largest that spill no registers on any of the
-    architectures. float32 is multiplied without matrix instructions, and needs many more.
+    architectures. float32 is multiplied without matrix instructions, and needs many more. sm_120 is as sm_80 is, with
+    less shared memory than those between.
     """
     block_d = max(power_of_2(d), 16)
     long = block_d > 64
     if size > 2:
         m, n, warps = 16 if long else 32, 32 if backward and not long else 16, 8
     elif backward:
-        m, n, warps = 64, 64, 8 if long and architecture < 100 else 4
+        m, n, warps = 64, 64, 8 if long and not 100 <= architecture < 120 else 4
     else:
         m, n, warps = 128, 64, 8 if long else 4
-    stages = 1 if long and backward and size <= 2 and architecture < 90 else 2
+    stages = 1 if long and backward and size <= 2 and not 90 <= architecture < 120 else 2
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
+_LIMITS = {"BLOCK_M": (16, 256), "BLOCK_N": (16, 256), "num_warps": (2, 16), "num_stages": (1, 4)}
 _LOG2_E = math.log2(math.e)
 
 
@@ -220,6 +223,8 @@ class _Case(NamedTuple):
     strides: tuple[int, ...]
     """Of the indices."""
     options: dict[str, Any]
+    kind: tuple[int | str, ...]
+    """For which one configuration will do."""
 
 
 def _case(
@@ -241,7 +246,9 @@ def _case(
         "WIDE": tl.float64 if q.dtype == torch.float64 else tl.float32,
         "enable_fp_fusion": True,
     }
-    return _Case(sequences, m, n, offsets, rows, strides[:2], options)
+    layout = "packed" if cu_q is not None else "indexed" if indices is not None else "dense"
+    kind = (layout, f"d{q.shape[3]}", sequences * q.shape[1], m, n)
+    return _Case(sequences, m, n, offsets, rows, strides[:2], options, kind)
 
 
 def _rows_of(like: Tensor, n: int | None = None) -> Tensor:
@@ -257,13 +264,16 @@ def _launch(
     case = _case(q, k, indices, cu_q, cu_k, max_q, max_k)
     o, lse = _fake_kernel(q, k, v)
     if o.numel() and case.m:
-        blocks = configuration(q.shape[3], q.element_size(), backward=False, architecture=architecture(q))
-        with on_device(q):
+
+        def run(blocks: Configuration) -> None:
             _forward_kernel[(case.sequences * q.shape[1] * -(-case.m // blocks["BLOCK_M"]),)](
                 q, k, v, o, lse, case.indices, *case.offsets, q.shape[1], case.m, case.n, k.shape[2],
                 scale * _LOG2_E, *q.stride(), *k.stride(), *v.stride(), *o.stride()[:3], *case.strides, q.shape[2],
                 **blocks, **case.options,
             )  # fmt: skip
+
+        rule = configuration(q.shape[3], q.element_size(), backward=False, architecture=architecture(q))
+        launch("attention", q, case.kind, rule, _LIMITS, run)
     return o, lse
 
 
@@ -274,26 +284,33 @@ def _launch_backward(
     case = _case(q, k, indices, cu_q, cu_k, max_q, max_k)
     (b, heads, m, d), rows = q.shape, k.shape[2] if indices is None else case.n
     dq, dk, dv = _rows_of(q), _rows_of(k, rows), _rows_of(v, rows)
-    blocks = configuration(d, q.element_size(), backward=True, architecture=architecture(q))
+    rule = configuration(d, q.element_size(), backward=True, architecture=architecture(q))
     shared = (heads, case.m, case.n, k.shape[2], scale * _LOG2_E, scale)
     strides = (*grad.stride(), *q.stride(), *k.stride(), *v.stride())
     delta = torch.empty_like(lse)
-    with on_device(q):
-        if m and b:
+
+    def run_keys(blocks: Configuration) -> None:
+        _keys_backward_kernel[(case.sequences * heads * -(-case.n // blocks["BLOCK_N"]),)](
+            grad, q, k, v, lse, delta, dk, dv, case.indices, *case.offsets, *shared, *strides, *dk.stride()[:3],
+            *case.strides, m, **blocks, **case.options,
+        )  # fmt: skip
+
+    def run_queries(blocks: Configuration) -> None:
+        _queries_backward_kernel[(case.sequences * heads * -(-case.m // blocks["BLOCK_M"]),)](
+            grad, q, k, v, lse, delta, dq, case.indices, *case.offsets, *shared, *strides, *dq.stride()[:3],
+            *case.strides, m, **blocks, **case.options,
+        )  # fmt: skip
+
+    if m and b:
+        with on_device(q):
             _delta_kernel[(b * heads * -(-m // 32),)](
                 grad, o, delta, m, heads, *grad.stride(), *o.stride()[:3], D=d, WIDE=case.options["WIDE"], BLOCK_M=32,
-                BLOCK_D=blocks["BLOCK_D"], num_warps=4,
+                BLOCK_D=rule["BLOCK_D"], num_warps=4,
             )  # fmt: skip
-        if case.sequences * case.n:
-            _keys_backward_kernel[(case.sequences * heads * -(-case.n // blocks["BLOCK_N"]),)](
-                grad, q, k, v, lse, delta, dk, dv, case.indices, *case.offsets, *shared, *strides, *dk.stride()[:3],
-                *case.strides, m, **blocks, **case.options,
-            )  # fmt: skip
-        if case.sequences * case.m:
-            _queries_backward_kernel[(case.sequences * heads * -(-case.m // blocks["BLOCK_M"]),)](
-                grad, q, k, v, lse, delta, dq, case.indices, *case.offsets, *shared, *strides, *dq.stride()[:3],
-                *case.strides, m, **blocks, **case.options,
-            )  # fmt: skip
+    if case.sequences * case.n:
+        launch("attention keys", q, case.kind, rule, _LIMITS, run_keys)
+    if case.sequences * case.m:
+        launch("attention queries", q, case.kind, rule, _LIMITS, run_queries)
     if indices is not None:
         dk, dv = (_placed(x, indices, k.shape[2]) for x in (dk, dv))
     return dq, dk, dv

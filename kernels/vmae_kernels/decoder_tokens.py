@@ -6,8 +6,9 @@ from torch import Tensor
 from . import reference
 from ._checks import INTEGERS, dtype_in, same_device, sizes
 from ._library import ops, register
-from ._triton import jit, on_device, tl
-from .gather_tokens import configuration, row_of_program
+from ._triton import jit, tl
+from ._tuning import Configuration, launch
+from .gather_tokens import LIMITS, configuration, row_of_program
 
 # --- the kernel ------------------------------------------------------------------------------------------------------
 
@@ -52,13 +53,16 @@ def _launch(
     if z.numel():
         positions = positions if positions.ndim == 3 else positions.expand(b, -1, -1)
         wide = torch.float64 in (visible.dtype, mask_token.dtype, positions.dtype)
-        chosen = configuration(d, visible.element_size())
-        with on_device(visible):
-            _decoder_tokens_kernel[(b * -(-(v + k) // chosen["ROWS"]),)](
+
+        def run(options: Configuration) -> None:
+            _decoder_tokens_kernel[(b * -(-(v + k) // options["ROWS"]),)](
                 visible, visible_indices, selected_indices, mask_token, positions, z, v, k, n, d,
                 *visible.stride(), *visible_indices.stride(), *selected_indices.stride(), *mask_token.stride(),
-                *positions.stride(), WIDE=tl.float64 if wide else tl.float32, **chosen,
+                *positions.stride(), WIDE=tl.float64 if wide else tl.float32, **options,
             )  # fmt: skip
+
+        rule = configuration(d, visible.element_size())
+        launch("decoder_tokens", visible, (f"D{d}", b * (v + k)), rule, LIMITS, run)
     return z
 
 

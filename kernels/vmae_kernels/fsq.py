@@ -9,7 +9,8 @@ from torch import Tensor
 from . import reference
 from ._checks import FLOATS, count, dtype_in
 from ._library import ops, register
-from ._triton import jit, on_device, power_of_2, tl
+from ._triton import jit, power_of_2, tl
+from ._tuning import Configuration, launch
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
 
@@ -72,6 +73,16 @@ def _wide(z: Tensor) -> object:
     return tl.float64 if z.dtype == torch.float64 else tl.float32
 
 
+def configuration(levels: int) -> Configuration:
+    """8 numbers a thread."""
+    columns = power_of_2(levels)
+    return {"BLOCK": max(1024 // columns, 1), "COLUMNS": columns, "num_warps": 4}
+
+
+_LIMITS = {"BLOCK": (16, 2048), "num_warps": (1, 8)}
+_BACKWARD = {"BLOCK": 1024, "num_warps": 4}
+
+
 def _launch(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     z = z.contiguous()
     quantized, codes = _fake(z, levels)
@@ -79,13 +90,14 @@ def _launch(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
         half, offset, shift, width = reference.fsq_numbers(levels)
         highest = tuple(float((level - 1) // 2) for level in levels)
         radix = tuple(math.prod(levels[:i]) for i in range(len(levels)))
-        columns = power_of_2(len(levels))
-        block = max(1024 // columns, 1)
-        with on_device(z):
-            _fsq_kernel[(-(-codes.numel() // block),)](
+
+        def run(options: Configuration) -> None:
+            _fsq_kernel[(-(-codes.numel() // options["BLOCK"]),)](
                 z, quantized, codes, codes.numel(), half, offset, shift, width, highest, radix, len(levels), _wide(z),
-                BLOCK=block, COLUMNS=columns, num_warps=4, enable_fp_fusion=False,
+                enable_fp_fusion=False, **options,
             )  # fmt: skip
+
+        launch("fsq", z, (f"L{len(levels)}", codes.numel()), configuration(len(levels)), _LIMITS, run)
     return quantized, codes
 
 
@@ -95,11 +107,13 @@ def _launch_backward(grad: Tensor, z: Tensor, levels: Sequence[int]) -> Tensor:
     if z.numel():
         half, _, shift, width = reference.fsq_numbers(levels)
         slope = tuple(h / w for h, w in zip(half, width, strict=True))
-        with on_device(z):
-            _fsq_backward_kernel[(-(-z.numel() // 1024),)](
-                grad, z, out, z.numel(), shift, slope, len(levels), _wide(z),
-                BLOCK=1024, num_warps=4, enable_fp_fusion=False,
-            )  # fmt: skip
+
+        def run(options: Configuration) -> None:
+            _fsq_backward_kernel[(-(-z.numel() // options["BLOCK"]),)](
+                grad, z, out, z.numel(), shift, slope, len(levels), _wide(z), enable_fp_fusion=False, **options
+            )
+
+        launch("fsq backward", z, (f"L{len(levels)}", z.numel()), _BACKWARD, _LIMITS, run)
     return out
 
 

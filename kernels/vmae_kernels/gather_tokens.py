@@ -7,6 +7,7 @@ from . import reference
 from ._checks import INTEGERS, dtype_in, same_device, sizes
 from ._library import ops, register
 from ._triton import bits, jit, on_device, power_of_2, tl
+from ._tuning import Configuration, Limits, launch
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
 
@@ -85,10 +86,13 @@ def _sum_kernel(
         tl.store(p_to + o_column, b_sum.to(p_x.dtype.element_ty), mask=o_column < d)
 
 
-def configuration(d: int, size: int) -> dict[str, int]:
+def configuration(d: int, size: int) -> Configuration:
     """For rows of d elements of `size` bytes: 16 bytes a thread and load, and about 16 KiB a program."""
     columns = min(power_of_2(d), max(d & -d, 128), 4096 // size)  # no idle columns where d allows it
     return {"ROWS": max(min(16384 // (columns * size), 32), 1), "COLUMNS": columns, "num_warps": 4}
+
+
+LIMITS: Limits = {"ROWS": (1, 64), "COLUMNS": (32, 2048), "num_warps": (1, 8)}
 
 
 def _launch(x: Tensor, indices: Tensor, unique: bool) -> Tensor:
@@ -101,11 +105,15 @@ def _launch(x: Tensor, indices: Tensor, unique: bool) -> Tensor:
     y = x.new_empty(b, k, d)
     if y.numel():
         source, target = bits(x), bits(y)
-        chosen = configuration(source.shape[2], source.element_size())
-        with on_device(x):
-            _gather_kernel[(b * -(-k // chosen["ROWS"]),)](
-                source, indices, target, n, k, source.shape[2], *source.stride(), *indices.stride(), **chosen
+        width = source.shape[2]
+
+        def run(options: Configuration) -> None:
+            _gather_kernel[(b * -(-k // options["ROWS"]),)](
+                source, indices, target, n, k, width, *source.stride(), *indices.stride(), **options
             )
+
+        rule = configuration(width, source.element_size())
+        launch("gather_tokens", source, (f"D{width}", b * k), rule, LIMITS, run)
     return y
 
 
@@ -115,15 +123,20 @@ def place(y: Tensor, indices: Tensor, n: int, fill: Tensor | None) -> Tensor:
     x = y.new_empty(b, n, d)
     if x.numel():
         source, target = bits(y), bits(x)
-        chosen = configuration(source.shape[2], source.element_size())
+        width = source.shape[2]
         inverse = torch.full((b, n), -1, dtype=torch.int32, device=y.device)
-        with on_device(y):
-            if k:
+        filling = source if fill is None else bits(fill.contiguous()[None, None])
+
+        def run(options: Configuration) -> None:
+            _place_kernel[(b * -(-n // options["ROWS"]),)](
+                source, inverse, filling, target, n, width, *source.stride(), FILL=fill is not None, **options
+            )
+
+        if k:
+            with on_device(y):
                 _invert_kernel[(b * -(-k // 1024),)](indices, inverse, n, k, *indices.stride(), ROWS=1024)
-            _place_kernel[(b * -(-n // chosen["ROWS"]),)](
-                source, inverse, source if fill is None else bits(fill.contiguous()[None, None]), target,
-                n, source.shape[2], *source.stride(), FILL=fill is not None, **chosen,
-            )  # fmt: skip
+        rule = configuration(width, source.element_size())
+        launch("place", source, (f"D{width}", b * k, b * n), rule, LIMITS, run)
     return x
 
 

@@ -20,14 +20,20 @@ from typing import Any
 from . import reference
 from ._triton import INTERPRETED, tl, triton
 from .attention import configuration as attention_configuration
+from .fsq import configuration as fsq_configuration
 from .gather_tokens import configuration as rows_configuration
 from .soft_topk import configuration as soft_configuration
 from .topk import configuration as topk_configuration
-from .tubelets import ROWS
+from .tubelets import configuration as tubelets_configuration
 
-ARCHITECTURES = (80, 90, 100)
-SHARED = {80: 163, 90: 227, 100: 227}  # KiB that a block can have
-MATRIX = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}  # instructions that multiply matrices of half types
+ARCHITECTURES = (80, 90, 100, 120)
+SHARED = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB that a block can have
+MATRIX = {
+    80: r"\bHMMA",
+    90: r"\bHGMMA",
+    100: r"\bUTC\w*MMA",
+    120: r"\bHMMA",
+}  # instructions that multiply matrices of half types
 
 
 @dataclass(frozen=True)
@@ -131,16 +137,18 @@ def cases(architecture: int) -> Iterator[Case]:
         arguments = {"p_video": "*u8", "p_indices": "*i64", "p_patches": "*bf16", "k": "i32", "grid_t": "i32",
                      "grid_h": "i32", "grid_w": "i32", "stride_vb": STRIDE, "stride_vt": STRIDE, "stride_vh": STRIDE,
                      **place, "stride_ib": "i32", "stride_ik": 1, "T": 2, "H": 16, "W": 16, "C": 3, "SCALE": scale,
-                     "SHIFT": shift, "PACKED": packed, "COMPUTE": tl.float32, "ROWS": ROWS,
-                     "COLUMNS": 512}  # fmt: skip
+                     "SHIFT": shift, "PACKED": packed, "COMPUTE": tl.float32}  # fmt: skip
+        options = tubelets_configuration(2 * 16 * 16 * 3)
+        warps = options.pop("num_warps")
         about = f"uint8, channels {'last' if packed else 'first'}"
-        yield Case("tubelets", "_tubelets_kernel", about, arguments, first=packed, wide=packed)
+        yield Case("tubelets", "_tubelets_kernel", about, arguments | options, warps, first=packed, wide=packed)
     half, offset, move, width = reference.fsq_numbers([8] * 6)
     arguments = {"p_z": "*fp32", "p_quantized": "*fp32", "p_codes": "*i32", "rows": "i32", "HALF": half,
                  "OFFSET": offset, "SHIFT": move, "WIDTH": width, "HIGHEST": (3.0,) * 6,
-                 "RADIX": tuple(8**i for i in range(6)), "L": 6, "WIDE": tl.float32, "BLOCK": 128,
-                 "COLUMNS": 8}  # fmt: skip
-    yield Case("fsq", "_fsq_kernel", "fp32, L = 6", arguments)
+                 "RADIX": tuple(8**i for i in range(6)), "L": 6, "WIDE": tl.float32}  # fmt: skip
+    options = fsq_configuration(6)
+    warps = options.pop("num_warps")
+    yield Case("fsq", "_fsq_kernel", "fp32, L = 6", arguments | options, warps)
     arguments = {"p_grad": "*fp32", "p_z": "*fp32", "p_out": "*fp32", "n": STRIDE, "SHIFT": move, "SLOPE": half, "L": 6,
                  "WIDE": tl.float32, "BLOCK": 1024}  # fmt: skip
     yield Case("fsq", "_fsq_backward_kernel", "fp32, L = 6", arguments, wide=True)

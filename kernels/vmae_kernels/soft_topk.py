@@ -8,7 +8,8 @@ from torch import Tensor
 from . import reference
 from ._checks import count
 from ._library import ops, register
-from ._triton import jit, on_device, power_of_2, tl
+from ._triton import jit, power_of_2, tl
+from ._tuning import Configuration, launch
 from .topk import bracket, check_scores, load_keys, normal
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
@@ -65,22 +66,31 @@ def _gradient_kernel(p_factors, p_out, n, samples, seed, row0, WIDE: tl.constexp
     tl.store(p_to, b_out.to(p_out.dtype.element_ty), mask=o_index < n)
 
 
-def configuration(n: int) -> dict[str, int]:
+def configuration(n: int) -> Configuration:
     """As for `topk`, with 8 numbers a thread, for the noise takes registers: of rows of more than 4,096 it is made anew
     in each round."""
     block = min(max(power_of_2(n), 128), 4096)
     return {"BLOCK": block, "ONE": n <= block, "num_warps": max(block // 256, 1)}
 
 
+_LIMITS = {"num_warps": (1, 16)}
+_GRADIENT, _GRADIENT_LIMITS = {"BLOCK": 1024, "num_warps": 4}, {"BLOCK": (256, 4096), "num_warps": (1, 8)}
+
+
 def _launch(scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
     rows = reference.rows_of(scores)
-    counts = torch.zeros(rows.shape, dtype=torch.int32, device=scores.device)
+    n = rows.shape[1]
+    counts = torch.empty(rows.shape, dtype=torch.int32, device=scores.device)
     if rows.numel():
-        with on_device(scores):
+
+        def run(options: Configuration) -> None:
+            counts.zero_()
             _indicator_kernel[(len(rows) * samples,)](
-                rows, rows, counts, rows.shape[1], k, samples, sigma, seed, row, *rows.stride(), 0, 0, SUMS=False,
-                NOISE=True, enable_fp_fusion=False, **configuration(rows.shape[1]),
+                rows, rows, counts, n, k, samples, sigma, seed, row, *rows.stride(), 0, 0, SUMS=False, NOISE=True,
+                enable_fp_fusion=False, **options,
             )  # fmt: skip
+
+        launch("soft_topk", scores, (n, len(rows) * samples), configuration(n), _LIMITS, run)
     wide = torch.promote_types(scores.dtype, torch.float32)
     return (counts.to(wide) / samples).to(scores.dtype).reshape(scores.shape)
 
@@ -92,18 +102,23 @@ def _launch_backward(grad: Tensor, scores: Tensor, k: int, sigma: float, samples
     out = torch.empty(rows.shape, dtype=scores.dtype, device=scores.device)
     if rows.numel():
         sums = torch.empty(len(rows), samples + 1, dtype=wide, device=scores.device)
-        with on_device(scores):
+
+        def run_sums(options: Configuration) -> None:
             for noise in (True, False):
                 _indicator_kernel[(len(rows) * (samples if noise else 1),)](
                     rows, weight, sums, n, k, samples, sigma, seed, row, *rows.stride(), *weight.stride(), SUMS=True,
-                    NOISE=noise, enable_fp_fusion=False, **configuration(n),
+                    NOISE=noise, enable_fp_fusion=False, **options,
                 )  # fmt: skip
-            factors = (sums[:, :-1] - sums[:, -1:]) / (samples * sigma)
-            _gradient_kernel[(len(rows) * -(-n // 1024),)](
+
+        def run(options: Configuration) -> None:
+            _gradient_kernel[(len(rows) * -(-n // options["BLOCK"]),)](
                 factors, out, n, samples, seed, row,
-                WIDE=tl.float64 if wide == torch.float64 else tl.float32, BLOCK=1024, num_warps=4,
-                enable_fp_fusion=False,
+                WIDE=tl.float64 if wide == torch.float64 else tl.float32, enable_fp_fusion=False, **options,
             )  # fmt: skip
+
+        launch("soft_topk sums", scores, (n, len(rows) * samples), configuration(n), _LIMITS, run_sums)
+        factors = (sums[:, :-1] - sums[:, -1:]) / (samples * sigma)
+        launch("soft_topk gradient", scores, (n, len(rows), samples), _GRADIENT, _GRADIENT_LIMITS, run)
     return out.reshape(scores.shape)
 
 

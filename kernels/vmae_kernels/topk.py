@@ -6,7 +6,8 @@ from torch import Tensor
 from . import reference
 from ._checks import FLOATS, count, dtype_in
 from ._library import ops, register
-from ._triton import jit, on_device, power_of_2, tl
+from ._triton import jit, power_of_2, tl
+from ._tuning import Configuration, launch
 
 # --- the kernel ----------------------------------------------------------------------------------------------------
 
@@ -126,9 +127,10 @@ def _partition_kernel(
 
 
 _LARGEST = 16384  # keys that one program holds: 32 a thread
+_LIMITS = {"TILE": (128, 8192), "num_warps": (1, 16)}
 
 
-def configuration(n: int) -> dict[str, int]:
+def configuration(n: int) -> Configuration:
     """Rows that fit are held in registers, 32 keys a thread; of longer ones each round reads blocks anew."""
     block = min(max(power_of_2(n), 128), _LARGEST)
     warps = min(max(block // 1024, 1), 16)
@@ -140,10 +142,11 @@ def _launch(scores: Tensor, k: int, *, rest: bool) -> tuple[Tensor, Tensor]:
     rows = reference.rows_of(scores)
     selected, others = _fake_partition(scores, k)
     if rows.numel():
-        with on_device(scores):
-            _partition_kernel[(len(rows),)](
-                rows, selected, others, n, k, rows.stride(0), rows.stride(1), REST=rest, **configuration(n)
-            )
+
+        def run(options: Configuration) -> None:
+            _partition_kernel[(len(rows),)](rows, selected, others, n, k, *rows.stride(), REST=rest, **options)
+
+        launch("topk", scores, (n, len(rows)), configuration(n), _LIMITS, run)
     return selected, others
 
 

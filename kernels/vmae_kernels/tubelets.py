@@ -9,7 +9,8 @@ from torch import Tensor
 from . import reference
 from ._checks import FLOATS, INTEGERS, dtype_in, same_device, sizes
 from ._library import ops, register
-from ._triton import jit, on_device, power_of_2, tl
+from ._triton import jit, power_of_2, tl
+from ._tuning import Configuration, launch
 from .gather_tokens import row_of_program
 
 # --- the kernel ------------------------------------------------------------------------------------------------------
@@ -53,6 +54,15 @@ def _tubelets_kernel(
         tl.store(p_to + o_column[None, :], y.to(p_patches.dtype.element_ty), mask=mask)
 
 
+def configuration(length: int) -> Configuration:
+    """For tubelets of `length` values: 4 a program, and with 512 values of each at a time a thread reads 16 bytes of
+    uint8 at once."""
+    return {"ROWS": 4, "COLUMNS": min(power_of_2(length), 512), "num_warps": 4}
+
+
+_LIMITS = {"ROWS": (1, 32), "COLUMNS": (64, 2048), "num_warps": (1, 8)}
+
+
 def _launch(
     video: Tensor, indices: Tensor, size: Sequence[int], mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
@@ -63,18 +73,19 @@ def _launch(
     if patches.numel():
         scale, shift = reference.affine(mean, std, not video.is_floating_point())
         k, length = patches.shape[1:]
-        with on_device(video):
-            _tubelets_kernel[(b * -(-k // ROWS),)](
+        packed = video.stride(1) == 1 and video.stride(4) == channels
+
+        def run(options: Configuration) -> None:
+            _tubelets_kernel[(b * -(-k // options["ROWS"]),)](
                 video, indices, patches, k, *grid, *video.stride(), *indices.stride(), *size, channels, scale, shift,
-                PACKED=video.stride(1) == 1 and video.stride(4) == channels,
-                COMPUTE=tl.float64 if dtype == torch.float64 else tl.float32,
-                ROWS=ROWS, COLUMNS=min(power_of_2(length), 512), num_warps=4,
+                PACKED=packed, COMPUTE=tl.float64 if dtype == torch.float64 else tl.float32,
                 enable_fp_fusion=False,  # as the reference rounds
+                **options,
             )  # fmt: skip
+
+        kind = (f"{dtype}", f"{length}", "packed" if packed else "apart", b * k)
+        launch("tubelets", video, kind, configuration(length), _LIMITS, run)
     return patches
-
-
-ROWS = 4  # tubelets of a program: with 512 values of each at a time, a thread reads 16 bytes of uint8 at once
 
 
 def _launch_backward(

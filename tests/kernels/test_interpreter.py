@@ -14,7 +14,7 @@ from test_registration import calls, evaluate
 
 from vmae import VideoMAE, VideoMAEConfig
 from vmae.tokens import Tokens
-from vmae_kernels import _triton, attention, decoder_tokens, gather_tokens, reference, scatter_tokens, tubelets
+from vmae_kernels import _triton, _tuning, attention, decoder_tokens, gather_tokens, reference, scatter_tokens, tubelets
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -67,6 +67,30 @@ def test_a_kernel_runs(name, monkeypatch):
     for ours, theirs in zip(results["triton"], results["torch"], strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@inside
+@pytest.mark.parametrize("name", [name for name in calls() if not name.startswith("causal_conv3d")])
+def test_other_configurations_give_the_same(name, monkeypatch, tmp_path):
+    """Those that a search looks at first: the rule's, with one number doubled or halved."""
+    monkeypatch.setenv("VMAE_KERNELS", "torch")
+    wanted = evaluate(*calls()[name])
+    monkeypatch.setenv("VMAE_KERNELS", "triton")
+    monkeypatch.setenv("VMAE_AUTOTUNE", "1")
+    tried = []
+    for i in range(8):  # two for each of up to four numbers
+
+        def other(rule, limits, seconds, i=i):
+            candidates = list(_tuning.neighbours(rule, limits))
+            tried.append(candidates[i % len(candidates)])
+            return tried[-1]
+
+        monkeypatch.setattr(_tuning, "search", other)
+        monkeypatch.setattr(_tuning, "_found", {})
+        monkeypatch.setenv("VMAE_AUTOTUNE_DIR", str(tmp_path / f"{i}"))
+        for ours, theirs in zip(evaluate(*calls()[name]), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert len(tried) >= 8
 
 
 @inside
