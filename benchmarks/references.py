@@ -5,12 +5,13 @@
 For each operation the obvious way to write it, and the best one known. Sizes are those of one pretraining step with
 ViT-B at 128 frames of 224 x 224 pixels, batch 1 or 2; forward, and forward with backward where there is a gradient.
 All give the same results, which is checked before anything is timed; times are medians of rounds in which they take
-turns.
+turns, in any order.
 """
 
 import argparse
 import datetime
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -283,6 +284,7 @@ def results(function: Callable, inputs: list[Tensor], *, backward: bool) -> list
 def measured(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each contestant, by forward and both."""
     table: dict[str, dict[str, float]] = {}
+    shuffled = random.Random(0)
     for backward in (False, True) if any(x.requires_grad for x in case.inputs) else (False,):
         ours_first = results(case.contestants["ours"], case.inputs, backward=backward)
         for name, function in case.contestants.items():
@@ -290,8 +292,10 @@ def measured(case: Case, rounds: int) -> dict[str, dict[str, float]]:
                 if (a.double() - b.double()).abs().max() > case.tolerance * max(1, b.abs().max()):
                     raise AssertionError(f"{case.name}: {name} gives other results")
         times: dict[str, list[float]] = {name: [] for name in case.contestants}
+        order = list(case.contestants.items())
         for _ in range(rounds):
-            for name, function in case.contestants.items():
+            shuffled.shuffle(order)
+            for name, function in order:
                 start = time.perf_counter()
                 results(function, case.inputs, backward=backward)
                 times[name].append(1000 * (time.perf_counter() - start))

@@ -384,22 +384,24 @@ def _cpu_backward(ctx, grad: Tensor, _):
     return *ops.attention_cpu_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
-def _fake_varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *lengths_and_scale) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def _fake_varlen(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[1], len(q), dtype=wide)
 
 
-def _fake_varlen_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *lengths_and_scale
-) -> tuple[Tensor, ...]:
+def _fake_varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.max_q, ctx.max_k, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output, cu_q, cu_k)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx, grad: Tensor | None, _):
+    if grad is None:
+        return (None,) * 8
     backward = ops.attention_varlen_reference_backward
     return *backward(grad, *ctx.saved_tensors, ctx.max_q, ctx.max_k, ctx.scale), None, None, None, None, None
 
@@ -425,7 +427,7 @@ def _attention_varlen(
 
 
 def _varlen_reference(*args: Any) -> Tensor:
-    return ops.attention_varlen_reference(*args)
+    return ops.attention_varlen_reference(*args)[0]
 
 
 register_composite(
@@ -448,12 +450,11 @@ register(
     reference.attention_cpu_backward,
     fake=_fake_cpu_backward,
 )
-_PACKED = (
-    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float? scale"
-)
-register_composite(f"attention_varlen({_PACKED}) -> Tensor", _varlen_reference, kernel=_attention_varlen)
+_HEADS = "Tensor q, Tensor k, Tensor v"
+_PACKED = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float? scale"
+register_composite(f"attention_varlen({_HEADS}, {_PACKED}) -> Tensor", _varlen_reference, kernel=_attention_varlen)
 register(
-    f"attention_varlen_reference({_PACKED}) -> Tensor",
+    f"attention_varlen_reference({_HEADS}, {_PACKED}) -> (Tensor, Tensor)",
     reference.attention_varlen,
     fake=_fake_varlen,
     backward=_backward,
@@ -461,7 +462,8 @@ register(
     autocast=3,
 )
 register(
-    f"attention_varlen_reference_backward(Tensor grad, {_PACKED}) -> (Tensor, Tensor, Tensor)",
+    f"attention_varlen_reference_backward(Tensor grad, {_HEADS}, Tensor o, Tensor lse, {_PACKED})"
+    " -> (Tensor, Tensor, Tensor)",
     reference.attention_varlen_backward,
     fake=_fake_varlen_backward,
 )

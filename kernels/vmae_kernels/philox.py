@@ -28,26 +28,32 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     a, b, c, d = counter
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(_ROUNDS):
-        # A product of two 32-bit words wraps in int64 but keeps all 64 bits; the mask undoes the sign extension.
+        # A product of two 32-bit words wraps in int64 but keeps all 64 bits. Only a and c are multiplied, so only
+        # theirs are cut to 32 bits here, which also undoes the sign extension.
         first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
-        a, b, c, d = (
-            ((second >> 32) & _MASK) ^ b ^ key0,
-            second & _MASK,
-            ((first >> 32) & _MASK) ^ d ^ key1,
-            first & _MASK,
-        )
+        a = ((second >> 32) ^ b).bitwise_xor_(key0).bitwise_and_(_MASK)
+        c = ((first >> 32) ^ d).bitwise_xor_(key1).bitwise_and_(_MASK)
+        b, d = second, first
         key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
-    return a, b, c, d
+    return a, b & _MASK, c, d & _MASK
+
+
+def _words(
+    rows: int, n: int, blocks: range, seed: int, stream: int, row: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words per element of [blocks, rows, n]."""
+    element = torch.arange(n, device=device)
+    number = torch.arange(row, row + rows, device=device)[:, None]
+    block = torch.arange(blocks.start, blocks.stop, device=device)[:, None, None]
+    element, number, block = torch.broadcast_tensors(element, number, block)
+    return philox((element, number, block, torch.full_like(element, stream)), seed)
 
 
 def _random_words(
     rows: int, n: int, key0: int, key1: int, block: int, stream: int, row: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    element = torch.arange(n, device=device)[None, :]
-    number = torch.arange(row, row + rows, device=device)[:, None]
-    element, number = torch.broadcast_tensors(element, number)
-    counter = (element, number, torch.full_like(number, block), torch.full_like(number, stream))
-    return philox(counter, key0 | key1 << 32)
+) -> tuple[Tensor, ...]:
+    words = _words(rows, n, range(block, block + 1), key0 | key1 << 32, stream, row, device)
+    return tuple(word[0].clone() for word in words)
 
 
 def _fake_words(
@@ -82,7 +88,15 @@ def normals(
     rows: int, n: int, *, seed: int, block: int, device: torch.device, stream: int = STREAM_NOISE, row: int = 0
 ) -> Tensor:
     """[4, rows, n] float32 standard normals (Box-Muller): samples 4 * block to 4 * block + 3 of every element."""
-    words = random_words(rows, n, seed=seed, block=block, stream=stream, device=device, row=row)
+    return _box_muller(random_words(rows, n, seed=seed, block=block, stream=stream, device=device, row=row))
+
+
+def normals_of_blocks(rows: int, n: int, *, seed: int, blocks: range, device: torch.device, row: int) -> Tensor:
+    """`normals` of consecutive blocks, one behind the other: [4 * blocks, rows, n]. Not for what is compiled."""
+    return _box_muller(_words(rows, n, blocks, seed, STREAM_NOISE, row, device)).transpose(0, 1).flatten(0, 1)
+
+
+def _box_muller(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     # 24 bits fill a float32 exactly; the logarithm's argument lies in (0, 1].
     u0, u1, u2, u3 = ((word >> 8).float() for word in words)
     radius0 = (-2 * ((u0 + 1) * 2.0**-24).log()).sqrt()

@@ -8,14 +8,15 @@ sequence lengths.
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._library import ops
-from .philox import normals
+from .philox import normals_of_blocks
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -25,7 +26,9 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def vector(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.tensor(values), by fills: a copy from the host could not be captured in a CUDA graph."""
+    """torch.tensor(values), on CUDA by fills: a copy from the host could not be captured in a graph."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
     x = torch.empty(len(values), dtype=dtype, device=device)
     for i, value in enumerate(values):
         x[i].fill_(value)
@@ -49,6 +52,11 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
     n = scores.shape[-1]
     if k == 0 or k == n:
         return torch.full(scores.shape, k > 0, dtype=torch.bool, device=scores.device)
+    if scores.is_cpu:
+        threshold = scores.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        mask = (scores < threshold).logical_not_()  # with NaN
+        if bool((mask.sum(-1) == k).all()):  # else several scores are equal to the last one chosen
+            return mask
     keys = ordered_keys(scores)
     # Not kthvalue: on CUDA it is refused where deterministic algorithms are asked for.
     threshold = keys.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
@@ -60,6 +68,8 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
 def topk_partition(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n = scores.shape[-1]
     mask = topk_mask(scores, k)
+    if mask.is_cpu:
+        return _places(mask, k), _places(~mask, n - k)
     index = torch.arange(n, device=scores.device).expand(scores.shape)
     rank = mask.cumsum(-1)
     place = torch.where(mask, rank - 1, k + index - rank)  # selected first, then the rest, both ascending
@@ -68,15 +78,25 @@ def topk_partition(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def topk(scores: Tensor, k: int) -> Tensor:
-    return topk_partition(scores, k)[0]
+    return _places(topk_mask(scores, k), k) if scores.is_cpu else topk_partition(scores, k)[0]
+
+
+def _places(mask: Tensor, k: int) -> Tensor:
+    """Where the k of each row are; on CUDA the host would wait for it."""
+    return mask.nonzero()[:, -1].clone(memory_format=torch.contiguous_format).view(*mask.shape[:-1], k)
+
+
+_NUMBERS = 1 << 16  # of noise at a time, where rows are short
 
 
 def _perturbed(scores: Tensor, sigma: float, samples: int, seed: int, row: int):
-    """The `samples` noise tensors and noisy scores, one at a time: memory O(N)."""
-    for block in range(-(-samples // 4)):
-        noise = normals(*scores.shape, seed=seed, block=block, row=row, device=scores.device).to(scores.dtype)
-        for z in noise[: samples - 4 * block]:
-            yield z, scores + sigma * z
+    """Noise [S, rows, N] and noisy scores, S samples at a time: memory O(N)."""
+    blocks, together = -(-samples // 4), max(_NUMBERS // max(4 * scores.numel(), 1), 1)
+    for first in range(0, blocks, together):
+        some = range(first, min(first + together, blocks))
+        noise = normals_of_blocks(*scores.shape, seed=seed, blocks=some, row=row, device=scores.device)
+        noise = noise[: samples - 4 * first].to(scores.dtype)
+        yield noise, scores + sigma * noise
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -92,7 +112,7 @@ def soft_topk(scores: Tensor, k: int, sigma: float, samples: int, seed: int, row
     rows = _rows(scores)
     total = torch.zeros_like(rows)
     for _, noisy in _perturbed(rows, sigma, samples, seed, row):
-        total += topk_mask(noisy, k)
+        total += topk_mask(noisy, k).sum(0)
     return (total / samples).to(scores.dtype).reshape(scores.shape)
 
 
@@ -102,7 +122,9 @@ def soft_topk_backward(grad: Tensor, scores: Tensor, k: int, sigma: float, sampl
     unperturbed = (weight * topk_mask(rows, k)).sum(-1, keepdim=True)
     total = torch.zeros_like(rows)
     for z, noisy in _perturbed(rows, sigma, samples, seed, row):
-        total += ((weight * topk_mask(noisy, k)).sum(-1, keepdim=True) - unperturbed) * z
+        factors = (weight * topk_mask(noisy, k)).sum(-1, keepdim=True) - unperturbed
+        for factor, one in zip(factors, z, strict=True):  # in their order, however many came together
+            total.addcmul_(factor, one)
     return (total / (samples * sigma)).to(scores.dtype).reshape(scores.shape)
 
 
@@ -270,7 +292,13 @@ def _bfloat16_on_cpu(*tensors: Tensor) -> bool:
     return tensors[0].dtype == torch.bfloat16
 
 
+def _whole_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """With numbers of the last dimension side by side: PyTorch's operation on a CPU reads others wrongly."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
 def attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = _whole_rows(q, k, v)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
     return o, lse.contiguous()
 
@@ -282,7 +310,7 @@ _SCORES, _HEADS = 1 << 21, 16  # per head, and heads, at a time: two such buffer
 def attention_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
-    """PyTorch's own backward multiplies many small blocks; this one multiplies few large ones.
+    """PyTorch's own backward multiplies many small blocks; this one, of bfloat16, multiplies few large ones.
 
     A product of bfloat16 matrices comes out rounded to bfloat16. So the log-sum-exp and the row sums are subtracted
     inside the products, as columns of their own, and only the differences are rounded. exp(score - lse) is shifted by
@@ -291,9 +319,9 @@ def attention_cpu_backward(
     """
     b, h, m, d = q.shape
     n = k.shape[2]
-    if m * n < _SMALL or not scale:
+    if q.dtype != torch.bfloat16 or m * n < _SMALL or not scale:
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grads = backward(grad, q, k, v, o, lse, 0.0, False, scale=scale)
+        grads = backward(*_whole_rows(grad, q, k, v, o), lse, 0.0, False, scale=scale)
         return tuple(x.contiguous() for x in grads)
     shift = math.log(n) / 2
     # exp(shift) is a factor of the weights, and is taken out of what they are multiplied by.
@@ -360,12 +388,19 @@ def _heads_first(x: Tensor) -> Tensor:
 
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """And the log-sum-exp [H, total_q], which is there on a CPU alone."""
     o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.zeros(q.shape[1], len(q), dtype=_compute_dtype(q.dtype), device=q.device)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     for rows, keys in _sequences(len(q), len(k), cu_q, cu_k, max_q, max_k):
         parts = (_heads_first(q[rows]), _heads_first(k[keys]), _heads_first(v[keys]))
-        o[rows] = F.scaled_dot_product_attention(*parts, scale=scale)[0].transpose(0, 1)
-    return o
+        if q.is_cpu:
+            some, lse[None, :, rows] = attention_cpu(*parts, scale)
+        else:
+            some = F.scaled_dot_product_attention(*parts, scale=scale)
+        o[rows] = some[0].transpose(0, 1)
+    return o, lse
 
 
 def attention_varlen_backward(
@@ -373,6 +408,8 @@ def attention_varlen_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    o: Tensor,
+    lse: Tensor,
     cu_q: Tensor,
     cu_k: Tensor,
     max_q: int,
@@ -383,6 +420,12 @@ def attention_varlen_backward(
     grads = tuple(torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     for rows, keys in _sequences(len(q), len(k), cu_q, cu_k, max_q, max_k):
+        if q.is_cpu and q.dtype != torch.float64:
+            g, a, b, c, d = (_heads_first(x) for x in (grad[rows], q[rows], k[keys], v[keys], o[rows]))
+            some = attention_cpu_backward(g, a, b, c, d, lse[None, :, rows], scale)
+            for total, part, place in zip(grads, some, (rows, keys, keys), strict=True):
+                total[place] = part[0].transpose(0, 1)
+            continue
         kt, vt = (x[keys].transpose(0, 1).to(wide) for x in (k, v))  # [H, N, d]
         for first in range(rows.start, rows.stop, _QUERY_BLOCK):  # the scores are made again, a block at a time
             block = slice(first, min(first + _QUERY_BLOCK, rows.stop))
@@ -441,22 +484,26 @@ def fsq_numbers(levels: Sequence[int]) -> tuple[tuple[float, ...], ...]:
     return half, offset, shift, tuple(float(level // 2) for level in levels)
 
 
-def _fsq_constants(levels: Sequence[int], z: Tensor) -> tuple[Tensor, ...]:
-    return tuple(vector(values, _compute_dtype(z.dtype), z.device) for values in fsq_numbers(levels))
+def _fsq_constants(levels: Sequence[int], z: Tensor) -> Iterator[Any]:
+    """`fsq_numbers`: a vector each, or a number where all levels are the same, which is several times faster."""
+    for values in fsq_numbers(levels):
+        yield values[0] if len(set(levels)) == 1 else vector(values, _compute_dtype(z.dtype), z.device)
 
 
 def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     half, offset, shift, width = _fsq_constants(levels, z)
-    highest = vector([(level - 1) // 2 for level in levels], half.dtype, z.device)
-    rounded = ((z.to(half.dtype) + shift).tanh() * half - offset).round()
-    # From 1,002 levels on the slack in the half range alone reaches the next value.
-    rounded = torch.minimum(torch.maximum(rounded, -width), highest)
-    digits = (rounded.nan_to_num(0.0) + width).to(torch.int32)
-    radix = vector([math.prod(levels[:i]) for i in range(len(levels))], torch.int32, z.device)
-    return (rounded / width).to(z.dtype), (digits * radix).sum(-1, dtype=torch.int32)
+    rounded = (z.to(_compute_dtype(z.dtype)) + shift).tanh_().mul_(half).sub_(offset).round_()
+    if max(levels) > 1000:  # the slack in the half range alone reaches the next value
+        highest = vector([(level - 1) // 2 for level in levels], rounded.dtype, z.device)
+        rounded = torch.minimum(torch.maximum(rounded, rounded.new_zeros(()) - width), highest)
+    # A product with a vector, exact in float64, takes half the time of a sum over the short last dimension.
+    radix = vector([math.prod(levels[:i]) for i in range(len(levels))], torch.float64, z.device)
+    codes = (rounded.nan_to_num(0.0) + width).double() @ radix
+    return (rounded / width).to(z.dtype), codes.to(torch.int32)
 
 
 def fsq_backward(grad: Tensor, z: Tensor, levels: Sequence[int]) -> Tensor:
     half, _, shift, width = _fsq_constants(levels, z)
-    slope = (1 - (z.to(half.dtype) + shift).tanh().square()) * (half / width)
-    return (grad.to(half.dtype) * slope).to(z.dtype)
+    tanh = (z.to(_compute_dtype(z.dtype)) + shift).tanh_()
+    slope = tanh.square_().neg_().add_(1).mul_(half / width)
+    return slope.mul_(grad).to(z.dtype)

@@ -95,6 +95,23 @@ def test_mixed_layouts():
         torch.testing.assert_close(attention(q, one, one), attention(q, one.contiguous(), one.contiguous()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_rows_whose_numbers_lie_apart(dtype, indexed):
+    """Of queries, keys and values, and of the gradient, as that of a sum is."""
+    shapes = ((2, 3, 16, 5), (2, 3, 16, 9), (2, 16, 9, 3))
+    q, k, v = (rand(*shape, seed=s, dtype=dtype) for s, shape in enumerate(shapes))
+    tensors = [x.requires_grad_() for x in (q.transpose(2, 3), k.transpose(2, 3), v.permute(0, 3, 2, 1))]
+    assert all(x.stride(-1) != 1 for x in tensors)
+    indices = torch.tensor([[6, 0, 3, 2], [1, 8, 7, 5]])
+    check(
+        lambda q, k, v: attention(q, k, v, kv_indices=indices if indexed else None),
+        lambda q, k, v: naive(q, *((named(k, indices), named(v, indices)) if indexed else (k, v))),
+        tensors,
+        torch.ones((), dtype=dtype).expand(2, 3, 5, 16),
+    )
+
+
 def named(x, indices):
     return torch.stack([x[b][:, row] for b, row in enumerate(indices.tolist())])
 

@@ -120,6 +120,8 @@ def samples_of_ops():
     patches = rand(2, 3, 24)
     half = [x.detach().bfloat16().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
     saved = [*(x.detach() for x in half), *(x.detach() for x in OPS.attention_cpu(*half, 0.3))]
+    known_packed = [p.detach() for p in packed]
+    known_packed += [y.detach() for y in OPS.attention_varlen_reference(*known_packed, cu, cu_k, 3, 4, 0.3)]
     by_kernel = []
     if INTERPRETED:
         rest = (0.3, index([0, 3, 2], [1, 3, 0]), None, None, 0, 0)
@@ -153,7 +155,7 @@ def samples_of_ops():
         ("attention_varlen", *packed, cu, cu_k, 3, 4, None),
         *by_kernel,
         ("attention_varlen_reference", *packed, cu, cu_k, 3, 4, 0.3),
-        ("attention_varlen_reference_backward", rand(5, 2, 16), *(p.detach() for p in packed), cu, cu_k, 3, 4, 0.3),
+        ("attention_varlen_reference_backward", rand(5, 2, 16), *known_packed, cu, cu_k, 3, 4, 0.3),
         ("causal_conv3d", *conv, None, [1, 1, 1], None),
         ("causal_conv3d", conv[0].contiguous(memory_format=torch.channels_last_3d), conv[1], bias, [1, 2, 2], cache),
         ("fsq", z, [8, 5, 5]),

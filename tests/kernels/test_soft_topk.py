@@ -228,7 +228,7 @@ def test_memory_does_not_grow_with_samples():
             value = soft_topk(scores, 400, sigma=0.5, samples=samples, seed=0)
         torch.autograd.grad(value, scores, scores.detach())
 
-    few, many = (peak_bytes(lambda samples=samples: run(samples)) for samples in (4, 64))
+    few, many = (peak_bytes(lambda samples=samples: run(samples)) for samples in (32, 512))  # 16 come together
     assert few >= 4 * n
     assert many < 1.25 * few
     assert sum(saved) <= 2 * 2 * n
