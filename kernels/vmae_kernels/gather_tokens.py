@@ -117,6 +117,16 @@ def _launch(x: Tensor, indices: Tensor, unique: bool) -> Tensor:
     return y
 
 
+def inverted(indices: Tensor, n: int) -> Tensor:
+    """int32 [B, n]: which of a row's distinct indices [B, K] each of n places is, or -1."""
+    b, k = indices.shape
+    inverse = torch.full((b, n), -1, dtype=torch.int32, device=indices.device)
+    if b * k:
+        with on_device(indices):
+            _invert_kernel[(b * -(-k // 1024),)](indices, inverse, n, k, *indices.stride(), ROWS=1024)
+    return inverse
+
+
 def place(y: Tensor, indices: Tensor, n: int, fill: Tensor | None) -> Tensor:
     """Rows of y [B, K, D] at distinct indices [B, K] of a tensor [B, n, D], elsewhere `fill` [D] of y's dtype, or 0."""
     (b, k, d) = y.shape
@@ -124,7 +134,7 @@ def place(y: Tensor, indices: Tensor, n: int, fill: Tensor | None) -> Tensor:
     if x.numel():
         source, target = bits(y), bits(x)
         width = source.shape[2]
-        inverse = torch.full((b, n), -1, dtype=torch.int32, device=y.device)
+        inverse = inverted(indices, n)
         filling = source if fill is None else bits(fill.contiguous()[None, None])
 
         def run(options: Configuration) -> None:
@@ -132,9 +142,6 @@ def place(y: Tensor, indices: Tensor, n: int, fill: Tensor | None) -> Tensor:
                 source, inverse, filling, target, n, width, *source.stride(), FILL=fill is not None, **options
             )
 
-        if k:
-            with on_device(y):
-                _invert_kernel[(b * -(-k // 1024),)](indices, inverse, n, k, *indices.stride(), ROWS=1024)
         rule = configuration(width, source.element_size())
         launch("place", source, (f"D{width}", b * k, b * n), rule, LIMITS, run)
     return x

@@ -198,6 +198,19 @@ def scatter_tokens(y: Tensor, indices: Tensor, n: int, fill: Tensor | None, valu
     return x.index_copy_(0, flat, y.reshape(b * k, d)).view(b, n, d)
 
 
+def scatter_tokens_fill_backward(grad: Tensor, indices: Tensor) -> Tensor:
+    """The sum [D] of those rows of grad [B, n, D] that no index names."""
+    b, n, d = grad.shape
+    wide = _compute_dtype(grad.dtype)
+    filled = torch.ones(b, n, dtype=torch.bool, device=grad.device).scatter_(1, in_range(indices, n), False)
+    if not grad.is_cpu:
+        return torch.where(filled[..., None], grad, 0).sum((0, 1), dtype=wide)
+    total = torch.zeros(d, dtype=wide)
+    for rows in filled.flatten().nonzero()[:, 0].split(1024):  # a block at a time stays in the cache
+        total += grad.flatten(0, 1).index_select(0, rows).to(wide).sum(0)
+    return total
+
+
 def decoder_tokens(
     visible: Tensor, visible_indices: Tensor, selected_indices: Tensor, mask_token: Tensor, positions: Tensor
 ) -> Tensor:

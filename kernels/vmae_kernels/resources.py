@@ -22,6 +22,7 @@ from ._triton import INTERPRETED, tl, triton
 from .attention import configuration as attention_configuration
 from .fsq import configuration as fsq_configuration
 from .gather_tokens import configuration as rows_configuration
+from .scatter_tokens import FILL_BACKWARD, SPAN
 from .soft_topk import configuration as soft_configuration
 from .topk import configuration as topk_configuration
 from .tubelets import configuration as tubelets_configuration
@@ -117,6 +118,12 @@ def cases(architecture: int) -> Iterator[Case]:
         sizes.pop("k")
         arguments |= sizes | options
         yield Case("gather_tokens", "_place_kernel", about, arguments, warps, first=first, wide=aligned)
+    options = dict(FILL_BACKWARD)
+    warps = options.pop("num_warps")
+    arguments = {"p_grad": "*bf16", "p_inverse": "*i32", "p_sums": "*fp32", "rows": "i32", "n": "i32", "d": STRIDE,
+                 "stride_gb": STRIDE, "stride_gn": STRIDE, "stride_gd": 1, "WIDE": tl.float32, "SPAN": SPAN,
+                 **options}  # fmt: skip
+    yield Case("scatter_tokens", "_fill_backward_kernel", "bf16, D = 384", arguments, warps, wide=True)
     arguments = {"p_indices": "*i64", "p_inverse": "*i32", "n": "i32", "k": "i32", "stride_ib": "i32", "stride_ik": 1}
     yield Case("gather_tokens", "_invert_kernel", "int64", arguments | {"ROWS": 1024})
     arguments = {"p_grad": "*bf16", "p_order": "*i64", "p_starts": "*i32", "p_x": "*bf16", "n": "i32", "k": "i32",

@@ -6,7 +6,56 @@ from torch import Tensor
 from . import reference
 from ._checks import INTEGERS, count, dtype_in, same_device, sizes
 from ._library import ops, register
-from .gather_tokens import place
+from ._triton import jit, tl
+from ._tuning import Configuration, launch
+from .gather_tokens import inverted, place
+
+# --- the kernel of fill's gradient; rows are placed by gather_tokens.py's --------------------------------------------
+
+
+@jit
+def _fill_backward_kernel(
+    p_grad, p_inverse, p_sums, rows, n, d, stride_gb, stride_gn, stride_gd,
+    WIDE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """sums[i] = the sum of those of the rows from i * SPAN on, SPAN of them, that no index names."""
+    parts = tl.cdiv(d, COLUMNS)
+    first = (tl.program_id(0) // parts).to(tl.int64) * SPAN
+    o_column = (tl.program_id(0) % parts) * COLUMNS + tl.arange(0, COLUMNS)
+    b_sum = tl.zeros((ROWS, COLUMNS), WIDE)
+    for start in range(0, SPAN, ROWS):
+        o_row = first + start + tl.arange(0, ROWS)
+        m_row = tl.load(p_inverse + o_row, mask=o_row < rows, other=0) < 0
+        p_from = p_grad + (o_row // n * stride_gb + o_row % n * stride_gn)[:, None]
+        mask = m_row[:, None] & (o_column < d)[None, :]
+        b_sum += tl.load(p_from + (o_column.to(tl.int64) * stride_gd)[None, :], mask=mask, other=0.0).to(WIDE)
+    p_to = p_sums + (tl.program_id(0) // parts).to(tl.int64) * d + o_column
+    tl.store(p_to, tl.sum(b_sum, 0), mask=o_column < d)
+
+
+SPAN = 512
+FILL_BACKWARD = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
+_LIMITS = {"ROWS": (1, 64), "COLUMNS": (32, 512), "num_warps": (1, 8)}
+
+
+def _launch_fill_backward(grad: Tensor, indices: Tensor) -> Tensor:
+    b, n, d = grad.shape
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    sums = torch.empty(-(-b * n // SPAN), d, dtype=wide, device=grad.device)
+    inverse = inverted(indices, n)
+    if sums.numel():
+
+        def run(options: Configuration) -> None:
+            _fill_backward_kernel[(len(sums) * -(-d // options["COLUMNS"]),)](
+                grad, inverse, sums, b * n, n, d, *grad.stride(),
+                WIDE=tl.float64 if wide == torch.float64 else tl.float32, SPAN=SPAN, **options,
+            )  # fmt: skip
+
+        launch("scatter_tokens fill", grad, (f"D{d}", b * n), FILL_BACKWARD, _LIMITS, run)
+    return sums.sum(0)
+
+
+# --- the operation ---------------------------------------------------------------------------------------------------
 
 
 def _launch(y: Tensor, indices: Tensor, n: int, fill: Tensor | None, value: float) -> Tensor:
@@ -32,12 +81,34 @@ def _backward(ctx, grad: Tensor):
     grad_y = ops.gather_tokens(grad, indices, True)
     grad_fill = None
     if ctx.fill_dtype is not None and ctx.needs_input_grad[3]:
-        filled = torch.ones(grad.shape[:2], dtype=torch.bool, device=grad.device).scatter(1, indices.long(), False)
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        grad_fill = torch.where(filled[..., None], grad, 0).sum((0, 1), dtype=wide).to(ctx.fill_dtype)
+        grad_fill = ops.scatter_tokens_fill_backward(grad, indices).to(ctx.fill_dtype)
     return grad_y, None, None, grad_fill, None
 
 
+def _fake_fill_backward(grad: Tensor, indices: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[2], dtype=torch.promote_types(grad.dtype, torch.float32))
+
+
+def _setup_context_fill_backward(ctx, inputs, output) -> None:
+    grad, indices = inputs
+    ctx.n, ctx.dtype = grad.shape[1], grad.dtype
+    ctx.save_for_backward(indices)
+
+
+def _fill_backward_backward(ctx, grad: Tensor):
+    (indices,) = ctx.saved_tensors
+    zeros = grad.new_zeros(*indices.shape, len(grad))
+    return ops.scatter_tokens(zeros, indices, ctx.n, grad, 0.0).to(ctx.dtype), None
+
+
+register(
+    "scatter_tokens_fill_backward(Tensor grad, Tensor indices) -> Tensor",
+    reference.scatter_tokens_fill_backward,
+    kernel=_launch_fill_backward,
+    fake=_fake_fill_backward,
+    backward=_fill_backward_backward,
+    setup_context=_setup_context_fill_backward,
+)
 register(
     "scatter_tokens(Tensor y, Tensor indices, SymInt n, Tensor? fill, float value) -> Tensor",
     reference.scatter_tokens,

@@ -142,6 +142,7 @@ def samples_of_ops():
         ("gather_tokens_backward", y, rows, 6, True),
         ("scatter_tokens", y, rows, 8, mask, 0.0),
         ("scatter_tokens", y, rows.int(), 8, None, 0.5),
+        ("scatter_tokens_fill_backward", x, rows),
         ("decoder_tokens", y, rows, repeated, mask, table),
         ("decoder_tokens", y, rows.int(), repeated[:, :2], mask, x),
         ("tubelets", video.clone().requires_grad_(), repeated, *norm, torch.float32),

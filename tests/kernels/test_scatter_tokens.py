@@ -155,3 +155,25 @@ def test_errors():
         scatter_tokens(y, indices, 6, fill=torch.tensor(0.0))
     with pytest.raises(ValueError, match=r"fill: .*device of y, cpu, got meta"):
         scatter_tokens(y, indices, 6, fill=torch.zeros(3, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", ["dense", "transposed", "the same everywhere"])
+def test_the_fills_gradient_is_the_sum_of_the_rows_it_filled(dtype, layout):
+    """Of no other, whatever their gradients are, and without losing digits over many rows."""
+    g = torch.Generator().manual_seed(0)
+    b, n, k, d = 3, 700, 100, 5
+    indices = torch.rand(b, n, generator=g).argsort(1)[:, :k]
+    grad = torch.randn(b, n, d, generator=g).to(dtype) + 1
+    if layout == "dense":
+        grad.scatter_(1, indices[..., None].expand(-1, -1, d), torch.nan)
+    elif layout == "transposed":
+        grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        grad = grad[:1, :1, :1].expand(b, n, d)
+    fill = torch.zeros(d, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
+    x = scatter_tokens(torch.zeros(b, k, d, dtype=dtype), indices, n, fill=fill)
+    (got,) = torch.autograd.grad(x, fill, grad)
+    filled = torch.ones(b, n, dtype=torch.bool).scatter(1, indices, False)
+    wanted = grad.double()[filled].sum(0)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0)
