@@ -220,13 +220,12 @@ def decoder_tokens(
         placed = positions.index_select(0, in_range(indices, positions.shape[0]).flatten())
     else:
         placed = gather_tokens(positions, indices, False)
-    placed = placed.view(b, -1, d)
     # Sums are formed in the widest of the dtypes and rounded once.
     wide = torch.promote_types(torch.promote_types(visible.dtype, mask_token.dtype), positions.dtype)
-    out = torch.empty(placed.shape, dtype=visible.dtype, device=visible.device)
-    out[:, :v] = visible.to(wide) + placed[:, :v]
-    out[:, v:] = mask_token.to(wide) + placed[:, v:]
-    return out
+    placed = placed.view(b, -1, d).to(wide)
+    placed[:, :v].add_(visible)
+    placed[:, v:].add_(mask_token)
+    return placed.to(visible.dtype)
 
 
 def tubelet_view(video: Tensor, size: Sequence[int]) -> Tensor:
