@@ -509,13 +509,13 @@ def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
         highest = vector([(level - 1) // 2 for level in levels], rounded.dtype, z.device)
         rounded = torch.minimum(torch.maximum(rounded, rounded.new_zeros(()) - width), highest)
     # A product with a vector, exact in float64, takes half the time of a sum over the short last dimension.
-    radix = vector([math.prod(levels[:i]) for i in range(len(levels))], torch.float64, z.device)
-    codes = (rounded.nan_to_num(0.0) + width).double() @ radix
+    places = [math.prod(levels[:i]) for i in range(len(levels))]
+    lowest = sum(place * (level // 2) for place, level in zip(places, levels, strict=True))
+    codes = rounded.nan_to_num(0.0).double() @ vector(places, torch.float64, z.device) + lowest
     return (rounded / width).to(z.dtype), codes.to(torch.int32)
 
 
 def fsq_backward(grad: Tensor, z: Tensor, levels: Sequence[int]) -> Tensor:
     half, _, shift, width = _fsq_constants(levels, z)
     tanh = (z.to(_compute_dtype(z.dtype)) + shift).tanh_()
-    slope = tanh.square_().neg_().add_(1).mul_(half / width)
-    return slope.mul_(grad).to(z.dtype)
+    return torch.ops.aten.tanh_backward(grad.to(tanh.dtype) * (half / width), tanh).to(z.dtype)
