@@ -406,10 +406,21 @@ def _backward(ctx, grad: Tensor | None, _):
     return *backward(grad, *ctx.saved_tensors, ctx.max_q, ctx.max_k, ctx.scale), None, None, None, None, None
 
 
-# Dense attention is given to the kernel as well, for PyTorch's backward on CUDA is not deterministic by default. Which
-# of the two is faster, at which shapes, has not yet been measured.
+# What computes attention on CUDA where Triton is there: its kernel, or PyTorch's scaled_dot_product_attention.
+_ON_CUDA = {
+    "dense": ("triton", "not yet measured; PyTorch's backward is not deterministic by default"),
+    "indexed": ("triton", "not yet measured; PyTorch would need a gathered copy of keys and values"),
+    "packed": ("triton", "not yet measured; PyTorch would need padding and a mask, or a call for each sequence"),
+    "float64": ("torch", "the kernel's matrix instructions want less"),
+}
+
+
+def _is_for_torch(q: Tensor, kind: str) -> bool:
+    return q.is_cuda and _ON_CUDA["float64" if q.dtype == torch.float64 else kind][0] == "torch"
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, kv_indices: Tensor | None) -> Tensor:
-    if q.is_cuda and q.dtype == torch.float64:  # matrix instructions want less
+    if _is_for_torch(q, "dense" if kv_indices is None else "indexed"):
         return reference.attention(q, k, v, scale, kv_indices)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return ops.attention_kernel(q, k, v, scale, kv_indices, None, None, 0, 0)[0]
@@ -418,7 +429,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, kv_indices:
 def _attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float | None
 ) -> Tensor:
-    if q.is_cuda and q.dtype == torch.float64:
+    if _is_for_torch(q, "packed"):
         return _varlen_reference(q, k, v, cu_q, cu_k, max_q, max_k, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))

@@ -87,7 +87,7 @@ def _launch(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     z = z.contiguous()
     quantized, codes = _fake(z, levels)
     if z.numel():
-        half, offset, shift, width = reference.fsq_numbers(levels)
+        half, offset, shift, width = reference.fsq_numbers(tuple(levels))
         highest = tuple(float((level - 1) // 2) for level in levels)
         radix = tuple(math.prod(levels[:i]) for i in range(len(levels)))
 
@@ -105,7 +105,7 @@ def _launch_backward(grad: Tensor, z: Tensor, levels: Sequence[int]) -> Tensor:
     grad, z = grad.contiguous(), z.contiguous()
     out = _fake_backward(grad, z, levels)
     if z.numel():
-        half, _, shift, width = reference.fsq_numbers(levels)
+        half, _, shift, width = reference.fsq_numbers(tuple(levels))
         slope = tuple(h / w for h, w in zip(half, width, strict=True))
 
         def run(options: Configuration) -> None:

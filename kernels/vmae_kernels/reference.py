@@ -5,6 +5,7 @@ tokens, D width, L levels. None of them synchronises with the host on CUDA, but 
 sequence lengths.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -222,7 +223,7 @@ def decoder_tokens(
         placed = gather_tokens(positions, indices, False)
     # Sums are formed in the widest of the dtypes and rounded once.
     wide = torch.promote_types(torch.promote_types(visible.dtype, mask_token.dtype), positions.dtype)
-    placed = placed.view(b, -1, d).to(wide)
+    placed = placed.view(b, indices.shape[1], d).to(wide)
     placed[:, :v].add_(visible)
     placed[:, v:].add_(mask_token)
     return placed.to(visible.dtype)
@@ -488,7 +489,8 @@ def causal_conv3d(
 # --- finite scalar quantization ------------------------------------------------------------------------------------
 
 
-def fsq_numbers(levels: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+@functools.cache
+def fsq_numbers(levels: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
     """Half range, offset, shift and half width per level."""
     half = tuple((level - 1) * (1 + 1e-3) / 2 for level in levels)
     offset = tuple(0.0 if level % 2 else 0.5 for level in levels)
@@ -498,7 +500,7 @@ def fsq_numbers(levels: Sequence[int]) -> tuple[tuple[float, ...], ...]:
 
 def _fsq_constants(levels: Sequence[int], z: Tensor) -> Iterator[Any]:
     """`fsq_numbers`: a vector each, or a number where all levels are the same, which is several times faster."""
-    for values in fsq_numbers(levels):
+    for values in fsq_numbers(tuple(levels)):
         yield values[0] if len(set(levels)) == 1 else vector(values, _compute_dtype(z.dtype), z.device)
 
 

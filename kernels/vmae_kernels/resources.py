@@ -149,7 +149,7 @@ def cases(architecture: int) -> Iterator[Case]:
         warps = options.pop("num_warps")
         about = f"uint8, channels {'last' if packed else 'first'}"
         yield Case("tubelets", "_tubelets_kernel", about, arguments | options, warps, first=packed, wide=packed)
-    half, offset, move, width = reference.fsq_numbers([8] * 6)
+    half, offset, move, width = reference.fsq_numbers((8,) * 6)
     arguments = {"p_z": "*fp32", "p_quantized": "*fp32", "p_codes": "*i32", "rows": "i32", "HALF": half,
                  "OFFSET": offset, "SHIFT": move, "WIDTH": width, "HIGHEST": (3.0,) * 6,
                  "RADIX": tuple(8**i for i in range(6)), "L": 6, "WIDE": tl.float32}  # fmt: skip

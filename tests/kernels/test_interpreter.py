@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Two processes, of about the same length.
 PARTS = (
-    ["test_attention.py", "test_soft_topk.py", "test_interpreter.py"],
+    ["test_attention.py", "test_soft_topk.py", "test_interpreter.py", "test_shapes.py"],
     ["test_topk.py", "test_gather_tokens.py", "test_scatter_tokens.py", "test_decoder_tokens.py", "test_tubelets.py",
      "test_fsq.py", "test_registration.py"],
 )  # fmt: skip
