@@ -42,9 +42,9 @@ def launch(
     """Call `run`, which launches a kernel, on the device of `like`, whose dtype and `kind` name the kind of call."""
     with on_device(like):
         if os.environ.get("VMAE_AUTOTUNE", "0") == "1":
-            run(_chosen(kernel, like, kind, rule, limits, run))
-        else:
-            run(rule)
+            sizes = (power_of_2(max(x, 1)) if isinstance(x, int) else x for x in kind)
+            rule = _chosen((kernel, like.dtype, *sizes), like, rule, limits, run)
+        run(rule)
 
 
 def neighbours(configuration: Configuration, limits: Limits) -> Iterator[Configuration]:
@@ -71,19 +71,14 @@ def search(rule: Configuration, limits: Limits, seconds: Callable[[Configuration
 
 
 def _chosen(
-    kernel: str,
-    like: Tensor,
-    kind: tuple[int | str, ...],
-    rule: Configuration,
-    limits: Limits,
-    run: Callable[[Configuration], Any],
+    call: tuple, like: Tensor, rule: Configuration, limits: Limits, run: Callable[[Configuration], Any]
 ) -> Configuration:
-    sizes = (power_of_2(max(x, 1)) if isinstance(x, int) else x for x in kind)
-    key = (like.device, kernel, like.dtype, *sizes)
+    """What was found for calls of this kind, by a search now if there was none."""
+    key = (like.device, *call)
     if key not in _found:
         if like.is_cuda and torch.cuda.is_current_stream_capturing():
             return rule  # what is timed would be captured too
-        file = _folder(like) / ("-".join(map(str, key[1:])).replace("torch.", "").replace(" ", "-") + ".json")
+        file = _folder(like) / ("-".join(map(str, call)).replace("torch.", "").replace(" ", "-") + ".json")
         kept = _read(file)
         if _fits(kept, rule, limits):
             _found[key] = kept

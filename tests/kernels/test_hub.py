@@ -1,6 +1,7 @@
 """The package as a kernel of Hugging Face's Hub, loaded by their library and run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,20 @@ def test_a_folder_that_cannot_be_written_ends_with_one_line(tmp_path):
         assert done.returncode == 1
         assert done.stderr.startswith(said)
         assert done.stderr.count("\n") == 1
+
+
+def test_a_copy_inside_another_package_runs_beside_the_installed_one(tmp_path):
+    shutil.copytree(HUB.parent / "vmae_kernels", tmp_path / "theirs" / "nested" / "vmae_kernels")
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, vmae_kernels
+from theirs.nested.vmae_kernels import soft_topk
+x = torch.randn(2, 9, requires_grad=True)
+for function in (soft_topk, vmae_kernels.soft_topk):
+    print(torch.autograd.grad(function(x, 3, sigma=0.5, samples=8, seed=1).square().sum(), x)[0].tolist())
+print(torch.ops.theirs_nested_vmae_kernels.soft_topk is not torch.ops.vmae_kernels.soft_topk)
+"""
+    ours, theirs, apart = python("-c", code, tmp_path).splitlines()
+    assert ours == theirs
+    assert apart == "True"
