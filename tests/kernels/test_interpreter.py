@@ -3,6 +3,7 @@
 The interpreter sees neither races nor small reads out of bounds, and says nothing of speed; test_resources.py compiles.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from test_registration import calls, evaluate
 
-from vmae import VideoMAE, VideoMAEConfig
+from vmae import AdaptiveTokenizer, TokenizerConfig, VideoMAE, VideoMAEConfig
 from vmae.tokens import Tokens
 from vmae_kernels import _triton, _tuning, attention, decoder_tokens, gather_tokens, reference, scatter_tokens, tubelets
 
@@ -102,10 +103,23 @@ def test_the_model_learns_the_same(strategy, monkeypatch):
     )
     clip = torch.randint(0, 256, (2, 3, 8, 32, 32), dtype=torch.uint8)
     tokens = Tokens(torch.randn(2, 16, 6), torch.zeros(2, 16, dtype=torch.int32), torch.rand(2, 16), (4, 2, 2))
+    _learns_the_same(model, lambda: model(clip, tokens, seed=3), monkeypatch)
+
+
+@inside
+@pytest.mark.parametrize("selection", ["perturbed", "straight_through"])
+def test_the_tokenizer_learns_the_same(selection, monkeypatch):
+    torch.manual_seed(0)
+    model = AdaptiveTokenizer(dataclasses.replace(TokenizerConfig.tiny(), selection=selection)).train()
+    clip = torch.randint(0, 256, (2, 3, 6, 32, 32), dtype=torch.uint8)
+    _learns_the_same(model, lambda: model(clip, seed=3).loss, monkeypatch)
+
+
+def _learns_the_same(model, loss_of, monkeypatch):
     results = []
     for choice in ("torch", "triton"):
         monkeypatch.setenv("VMAE_KERNELS", choice)
-        loss = model(clip, tokens, seed=3)
+        loss = loss_of()
         results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
