@@ -55,8 +55,8 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
         return torch.full(scores.shape, k > 0, dtype=torch.bool, device=scores.device)
     if scores.is_cpu:
         threshold = scores.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        mask = (scores < threshold).logical_not_()  # with NaN
-        if bool((mask.sum(-1) == k).all()):  # else several scores are equal to the last one chosen
+        mask = scores >= threshold
+        if bool((mask.sum(-1) == k).all()):  # else there are ties at the threshold, or NaN, which it is then too
             return mask
     keys = ordered_keys(scores)
     # Not kthvalue: on CUDA it is refused where deterministic algorithms are asked for.

@@ -197,6 +197,13 @@ def test_what_a_search_finds_does_the_same(monkeypatch, tmp_path):
     assert len([path for path in tmp_path.rglob("*.json") if path.is_file()]) > len(NAMES)
 
 
+def test_attention_of_float64_is_pytorchs(monkeypatch):
+    monkeypatch.setenv("VMAE_KERNELS", "triton")
+    q, k = rand(1, 2, 40, 32).double(), rand(1, 2, 50, 32).double()
+    wanted = (q @ k.mT / 32**0.5).softmax(-1) @ k
+    torch.testing.assert_close(attention(q, k, k), wanted)
+
+
 def test_a_broken_promise_is_found_on_request(monkeypatch):
     monkeypatch.setenv("VMAE_KERNELS", "triton")
     monkeypatch.setenv("VMAE_CHECK", "1")

@@ -115,6 +115,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda y, fill: scatter_tokens(y, indices, 5, fill=fill), (y, fill))
     assert torch.autograd.gradcheck(lambda y: scatter_tokens(y, indices, 5, fill=1.5), (y,))
     assert torch.autograd.gradcheck(lambda fill: scatter_tokens(y.detach(), indices, 5, fill=fill), (fill,))
+    assert torch.autograd.gradgradcheck(lambda y, fill: scatter_tokens(y, indices, 5, fill=fill).square(), (y, fill))
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])

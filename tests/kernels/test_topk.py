@@ -92,6 +92,15 @@ def test_every_k_of_special_values(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_as_many_nan_as_ties(dtype):
+    """So that counting what is at least the k-th score would give k, of which some are wrong."""
+    for few in (1, 2, 3):
+        row = torch.tensor([2.0] * few + [5.0] + [math.nan] * few + [2.0, 1.0] + [2.0] * few, dtype=dtype)
+        for k in range(len(row) + 1):
+            check(row, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_negative_nan_ranks_highest_too(dtype):
     width = SAME_WIDTH[dtype]
     negative = torch.tensor(-1, dtype=width).view(dtype)
