@@ -56,6 +56,7 @@ def neighbours(configuration: Configuration, limits: Limits) -> Iterator[Configu
 
 
 def search(rule: Configuration, limits: Limits, seconds: Callable[[Configuration], float]) -> Configuration:
+    """From the rule's configuration to a neighbour that takes less time, while there is one."""
     best, shortest, tried = rule, seconds(rule), [rule]
     better = True
     while better:
@@ -92,7 +93,7 @@ def _fits(kept: Any, rule: Configuration, limits: Limits) -> bool:
     """Whether what was read is something that a search could have found."""
 
     def fits(name: str) -> bool:
-        if name not in limits:
+        if name not in limits or kept[name] == rule[name]:
             return kept[name] == rule[name]
         low, high = limits[name]
         return isinstance(kept[name], int) and low <= kept[name] <= high and power_of_2(kept[name]) == kept[name]

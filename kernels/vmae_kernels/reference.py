@@ -164,7 +164,7 @@ def in_range(indices: Tensor, n: int) -> Tensor:
 
 def _flat(indices: Tensor, n: int) -> Tensor:
     """Indices [B, K] into the rows of [B, N, D], as indices [B * K] into the rows of [B * N, D]."""
-    offsets = torch.arange(indices.shape[0], device=indices.device) * n
+    offsets = torch.arange(0, indices.shape[0] * max(n, 1), max(n, 1), device=indices.device)
     return (in_range(indices, n) + offsets[:, None]).flatten()
 
 

@@ -91,6 +91,16 @@ def test_what_is_found_is_kept_for_calls_of_its_kind(kept, monkeypatch):
     assert len(files(kept)) == 4
 
 
+def test_a_rule_beyond_the_limits_is_kept_too(kept, monkeypatch):
+    """As where rows are shorter than any block that a search would try."""
+    rule, searches = RULE | {"BLOCK": 8, "num_warps": 1}, []
+    monkeypatch.setattr(_tuning, "search", lambda rule, limits, seconds: searches.append(rule) or rule)
+    for _ in range(2):
+        monkeypatch.setattr(_tuning, "_found", {})
+        _tuning.launch("kernel", X, (3,), rule, LIMITS, lambda configuration: None)
+    assert len(searches) == 1
+
+
 @pytest.mark.parametrize(
     "damage",
     ["", "{", "[]", "7", '{"BLOCK": 512}', '{"BLOCK": 1024, "ONE": false, "num_warps": 4}',
