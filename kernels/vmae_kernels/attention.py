@@ -196,12 +196,13 @@ def configuration(d: int, size: int, *, backward: bool, architecture: int) -> Co
     """
     block_d = max(power_of_2(d), 16)
     long = block_d > 64
+    many = 8 if block_d > (32 if architecture >= 120 else 64) else 4  # warps
     if size > 2:
         m, n, warps = 16 if long else 32, 32 if backward and not long else 16, 8
     elif backward:
-        m, n, warps = 64, 64, 8 if long and not 100 <= architecture < 120 else 4
+        m, n, warps = 64, 64, 4 if 100 <= architecture < 120 else many
     else:
-        m, n, warps = 128, 64, 8 if long else 4
+        m, n, warps = 128, 64, many
     stages = 1 if long and backward and size <= 2 and not 90 <= architecture < 120 else 2
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
