@@ -32,7 +32,7 @@ lint: $(READY)
 bench: $(READY)
 	$(RUN)python benchmarks/pretraining_step.py
 
-# Compiles every configuration of every kernel for four GPU generations, on any machine (some minutes).
+# Compiles every configuration that the kernels' rules choose, for four GPU generations, on any machine (some minutes).
 resources: $(READY)
 	$(RUN)python -m vmae_kernels.resources --all
 

@@ -4,7 +4,8 @@
 
 On a CUDA device: microseconds of the host for the call of each operation, forward alone; for the launches in it, made
 again with the same arguments; and of the device for those launches. Without one launches are left out, and what stands
-there is the wrapper alone: checks, PyTorch's dispatch, and the allocation of results on the CPU.
+there is the wrapper alone: checks, PyTorch's dispatch, reading indices back, and the
+allocation of results on the CPU.
 """
 
 import datetime
@@ -106,6 +107,7 @@ def main() -> None:
         shown = "".join(f"{table[name].get(what, float('nan')):>10.1f}" for what in ("call", "launches", "device"))
         print(f"{name:<24}{shown}", flush=True)
     out = RESULTS / f"overhead-{DEVICE}-{datetime.date.today()}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"what": "microseconds", "command": "python benchmarks/overhead.py", "machine": machine(),
                                "operations": table}, indent=2) + "\n")  # fmt: skip
 

@@ -8,10 +8,13 @@ differently.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
+import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +32,7 @@ Limits = dict[str, tuple[int, int]]
 
 _FASTER = 0.97  # of the time, and less: what counts as faster rather than as noise
 _found: dict[tuple, Configuration] = {}
+_searching = threading.Lock()
 
 
 def launch(
@@ -43,7 +47,13 @@ def launch(
     with on_device(like):
         if os.environ.get("VMAE_AUTOTUNE", "0") == "1":
             sizes = (power_of_2(max(x, 1)) if isinstance(x, int) else x for x in kind)
-            rule = _chosen((kernel, like.dtype, *sizes), like, rule, limits, run)
+            chosen = _chosen((kernel, like.dtype, *sizes), like, rule, limits, run)
+            if chosen != rule:
+                from triton.runtime.errors import OutOfResources
+
+                with contextlib.suppress(OutOfResources):  # found for tensors that were aligned otherwise
+                    run(chosen)
+                    return
         run(rule)
 
 
@@ -76,17 +86,18 @@ def _chosen(
 ) -> Configuration:
     """What was found for calls of this kind, by a search now if there was none."""
     key = (like.device, *call)
-    if key not in _found:
-        if like.is_cuda and torch.cuda.is_current_stream_capturing():
-            return rule  # what is timed would be captured too
-        file = _folder(like) / ("-".join(map(str, call)).replace("torch.", "").replace(" ", "-") + ".json")
-        kept = _read(file)
-        if _fits(kept, rule, limits):
-            _found[key] = kept
-        else:
-            _found[key] = search(rule, limits, lambda candidate: _duration(run, candidate, like.is_cuda))
-            _keep(file, _found[key])
-    return _found[key]
+    with _searching:
+        if key not in _found:
+            file = _folder(like) / ("-".join(map(str, call)).replace("torch.", "").replace(" ", "-") + ".json")
+            kept = _read(file)
+            if _fits(kept, rule, limits):
+                _found[key] = kept
+            elif like.is_cuda and torch.cuda.is_current_stream_capturing():
+                return rule  # what is timed would be captured too
+            else:
+                _found[key] = search(rule, limits, lambda candidate: _duration(run, candidate, like.is_cuda))
+                _keep(file, _found[key])
+        return _found[key]
 
 
 def _fits(kept: Any, rule: Configuration, limits: Limits) -> bool:
@@ -118,13 +129,18 @@ def _duration(run: Callable[[Configuration], Any], configuration: Configuration,
 
 def _folder(like: Tensor) -> Path:
     """Where results for the device of `like` and for these very sources are kept, a file for each kind of call."""
-    folder = os.environ.get("VMAE_AUTOTUNE_DIR") or Path.home() / ".cache" / "vmae_kernels"
+    folder = os.environ.get("VMAE_AUTOTUNE_DIR") or os.path.expanduser("~/.cache/vmae_kernels")
     device = torch.cuda.get_device_name(like.device) if like.is_cuda else "interpreter"
-    sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        sources.update(path.read_bytes())
-    name = f"{device}-triton-{triton.__version__}-{sources.hexdigest()[:12]}"
+    name = f"{device}-triton-{triton.__version__}-{_sources()}"
     return Path(folder) / name.replace(" ", "-").replace("/", "-")
+
+
+@functools.cache
+def _sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _read(file: Path) -> Any:
@@ -136,12 +152,13 @@ def _read(file: Path) -> Any:
 
 def _keep(file: Path, configuration: Configuration) -> None:
     """Whole or not at all: other processes may read it, or keep theirs."""
-    new = file.with_suffix(f".{os.getpid()}")
     try:
+        if file.parts[0] == "~":
+            raise OSError("there is no home directory; VMAE_AUTOTUNE_DIR names another")
         file.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(configuration) + "\n")
-        new.replace(file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            new = Path(folder) / file.name
+            new.write_text(json.dumps(configuration) + "\n")
+            new.replace(file)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
         warnings.warn(f"{file}: what VMAE_AUTOTUNE=1 has found cannot be kept: {error}", stacklevel=2)

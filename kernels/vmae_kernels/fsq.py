@@ -163,7 +163,7 @@ def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
 
     Args:
         z: [..., L], floating point; computed in float32 for half types.
-        levels: L integers, each at least 2, whose product is at most 2^31.
+        levels: L integers, each from 2 to 2^24, whose product is at most 2^31.
 
     Returns:
         quantized [..., L] in z's dtype, in [-1, 1], and codes int32 [...] in [0, product of levels): a number in mixed
@@ -171,7 +171,7 @@ def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError: z is not floating point.
-        ValueError: z's last size is not the number of levels, a level is below 2, or the codes do not fit.
+        ValueError: z's last size is not the number of levels, a level lies outside 2 to 2^24, or the codes do not fit.
 
     Under autocast: never casts.
 
@@ -184,7 +184,7 @@ def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     if z.ndim == 0 or z.shape[-1] != len(levels) or not levels:
         raise ValueError(f"z: expected shape [..., L] with L = {len(levels)} levels, got {list(z.shape)}")
     for level in levels:
-        count("levels", level, 2)
+        count("levels", level, 2, 2**24, "the whole numbers of float32")
     if math.prod(levels) > 2**31:
         raise ValueError(f"levels: expected a product of at most 2^31, got {levels}")
     return ops.fsq(z, levels)

@@ -207,8 +207,9 @@ def scatter_tokens_fill_backward(grad: Tensor, indices: Tensor) -> Tensor:
     if not grad.is_cpu:
         return torch.where(filled[..., None], grad, 0).sum((0, 1), dtype=wide)
     total = torch.zeros(d, dtype=wide)
-    for rows in filled.flatten().nonzero()[:, 0].split(1024):  # a block at a time stays in the cache
-        total += grad.flatten(0, 1).index_select(0, rows).to(wide).sum(0)
+    for some, mask in zip(grad, filled, strict=True):
+        for rows in mask.nonzero()[:, 0].split(1024):  # a block at a time stays in the cache
+            total += some.index_select(0, rows).to(wide).sum(0)
     return total
 
 
@@ -386,13 +387,13 @@ def check_offsets(total_q: int, total_k: int, cu_q: Tensor, cu_k: Tensor, max_q:
             raise ValueError(f"max_{name}: expected at least the longest sequence, {max(lengths)}, got {longest}")
 
 
-def _sequences(total_q: int, total_k: int, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int):
-    """(query rows, key rows) of every sequence that has both."""
-    check_offsets(total_q, total_k, cu_q, cu_k, max_q, max_k)
-    q, k = cu_q.tolist(), cu_k.tolist()
-    for i in range(len(q) - 1):
-        if q[i + 1] > q[i] and k[i + 1] > k[i]:
-            yield slice(q[i], q[i + 1]), slice(k[i], k[i + 1])
+def _sequences(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int):
+    """(query rows, key rows) of every sequence that has both, where there are heads."""
+    check_offsets(len(q), len(k), cu_q, cu_k, max_q, max_k)
+    starts_q, starts_k = (itertools.pairwise(cu.tolist()) for cu in (cu_q, cu_k))
+    for (first, end), (first_key, end_key) in zip(starts_q, starts_k, strict=True):
+        if end > first and end_key > first_key and q.shape[1]:
+            yield slice(first, end), slice(first_key, end_key)
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -406,7 +407,7 @@ def attention_varlen(
     o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.zeros(q.shape[1], len(q), dtype=_compute_dtype(q.dtype), device=q.device)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    for rows, keys in _sequences(len(q), len(k), cu_q, cu_k, max_q, max_k):
+    for rows, keys in _sequences(q, k, cu_q, cu_k, max_q, max_k):
         parts = (_heads_first(q[rows]), _heads_first(k[keys]), _heads_first(v[keys]))
         if q.is_cpu:
             some, lse[None, :, rows] = attention_cpu(*parts, scale)
@@ -432,7 +433,7 @@ def attention_varlen_backward(
     wide = _compute_dtype(q.dtype)
     grads = tuple(torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    for rows, keys in _sequences(len(q), len(k), cu_q, cu_k, max_q, max_k):
+    for rows, keys in _sequences(q, k, cu_q, cu_k, max_q, max_k):
         if q.is_cpu and q.dtype != torch.float64:
             g, a, b, c, d = (_heads_first(x) for x in (grad[rows], q[rows], k[keys], v[keys], o[rows]))
             some = attention_cpu_backward(g, a, b, c, d, lse[None, :, rows], scale)
@@ -499,9 +500,10 @@ def fsq_numbers(levels: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
 
 
 def _fsq_constants(levels: Sequence[int], z: Tensor) -> Iterator[Any]:
-    """`fsq_numbers`: a vector each, or a number where all levels are the same, which is several times faster."""
+    """`fsq_numbers`: a vector each, or a number where all levels are the same, which is several times faster on a CPU
+    (and on CUDA would be divided by as by its rounded inverse)."""
     for values in fsq_numbers(tuple(levels)):
-        yield values[0] if len(set(levels)) == 1 else vector(values, _compute_dtype(z.dtype), z.device)
+        yield values[0] if z.is_cpu and len(set(levels)) == 1 else vector(values, _compute_dtype(z.dtype), z.device)
 
 
 def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -513,11 +515,12 @@ def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     # A product with a vector, exact in float64, takes half the time of a sum over the short last dimension.
     places = [math.prod(levels[:i]) for i in range(len(levels))]
     lowest = sum(place * (level // 2) for place, level in zip(places, levels, strict=True))
-    codes = rounded.nan_to_num(0.0).double() @ vector(places, torch.float64, z.device) + lowest
+    digits, radix = rounded.nan_to_num(0.0).double(), vector(places, torch.float64, z.device)
+    codes = (digits @ radix if z.is_cpu else (digits * radix).sum(-1)) + lowest
     return (rounded / width).to(z.dtype), codes.to(torch.int32)
 
 
 def fsq_backward(grad: Tensor, z: Tensor, levels: Sequence[int]) -> Tensor:
     half, _, shift, width = _fsq_constants(levels, z)
     tanh = (z.to(_compute_dtype(z.dtype)) + shift).tanh_()
-    return torch.ops.aten.tanh_backward(grad.to(tanh.dtype) * (half / width), tanh).to(z.dtype)
+    return (torch.ops.aten.tanh_backward(grad.to(tanh.dtype), tanh) * (half / width)).to(z.dtype)

@@ -178,11 +178,17 @@ def test_errors():
         fsq(torch.tensor(0.0), [8])
     with pytest.raises(ValueError, match=r"L = 0 levels"):
         fsq(z[:, :0], [])
-    for level in (1, 0, -3):
-        with pytest.raises(ValueError, match=rf"levels: .*at least 2.*got {level}"):
+    for level in (1, 0, -3, 2**24 + 1):
+        with pytest.raises(ValueError, match=rf"levels: expected 2 to 16777216.*got {level}"):
             fsq(z, [8, level, 5])
     for level, name in ((5.0, "float"), (True, "bool")):
         with pytest.raises(TypeError, match=rf"levels: .*integer.*got {name}"):
             fsq(z, [8, level, 5])
     with pytest.raises(ValueError, match=r"at most 2\^31.*got \[65536, 65536\]"):
         fsq(z[:, :2], [65536, 65536])
+
+
+def test_a_gradient_near_the_largest_number():
+    z = torch.full((1, 1), 20.0, requires_grad=True)
+    (grad,) = torch.autograd.grad(fsq(z, [3])[0], z, torch.full((1, 1), 3.4e38))
+    assert grad.isfinite().all()

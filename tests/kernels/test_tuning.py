@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +122,43 @@ def test_where_nothing_can_be_kept_it_is_said(kept):
     kept.write_text("a file, where a folder is to be")
     with pytest.warns(UserWarning, match=r"kept.*what VMAE_AUTOTUNE=1 has found cannot be kept"):
         assert launched() == RULE | {"BLOCK": 512}
+
+
+@pytest.mark.filterwarnings("default::UserWarning:vmae_kernels")
+def test_without_a_home_it_is_said(kept, monkeypatch):
+    monkeypatch.delenv("VMAE_AUTOTUNE_DIR")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.warns(UserWarning, match="no home directory; VMAE_AUTOTUNE_DIR"):
+        assert launched() == RULE | {"BLOCK": 512}
+    assert not Path("~").exists()
+
+
+def test_threads_keep_whole_files(kept):
+    """And search once."""
+    searches = []
+    threads = [threading.Thread(target=lambda i=i: searches.append(launched((i % 5 * 100 + 1,)))) for i in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(searches) == 40
+    assert len(files(kept)) == len({1, 128, 256, 512}) == len([json.loads(file.read_text()) for file in files(kept)])
+
+
+def test_what_was_found_for_other_tensors_may_not_fit(kept):
+    """Alignment decides how much shared memory a configuration takes: the rule's runs then."""
+    from triton.runtime.errors import OutOfResources
+
+    runs = []
+
+    def run(configuration):
+        runs.append(configuration)
+        if configuration != RULE:
+            raise OutOfResources(300, 200, "shared memory")
+
+    assert launched() != RULE
+    _tuning.launch("kernel", X, (3, "D5"), RULE, LIMITS, run)
+    assert runs[-1] == RULE
 
 
 def test_the_time_of_a_launch():
