@@ -3,14 +3,19 @@ PYTHON ?= python3
 READY := .venv/.ready
 RUN := .venv/bin/
 
-.PHONY: setup demo test test-long lint bench resources sanitize hub clean
+# The compiled extension (setup.py says more): where there is a GPU all of it, elsewhere its part for the CPU.
+export VMAE_BUILD ?= $(if $(shell command -v nvidia-smi),auto,$(if $(shell command -v c++),cpu,skip))
+CUTLASS := nvidia-cutlass==4.2.0.0
+
+.PHONY: setup demo test test-long lint bench resources cuda sanitize hub clean
 
 setup: $(READY)
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vmae needs Python 3.11 or newer, found " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(RUN)python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(if $(filter auto force,$(VMAE_BUILD)),$(RUN)python -m pip install --quiet --disable-pip-version-check --no-deps $(CUTLASS))
 	$(RUN)python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -15,16 +15,27 @@ ops = getattr(torch.ops, NAMESPACE)
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
+def chosen() -> str:
+    """VMAE_KERNELS: auto, or what is forced: triton for operations that have a Triton kernel, csrc for those of the
+    compiled extension, torch for all.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    choice = os.environ.get("VMAE_KERNELS", "auto")
+    if choice not in ("auto", "triton", "csrc", "torch"):
+        raise ValueError(f"VMAE_KERNELS: expected auto, triton, csrc or torch, got {choice!r}")
+    return choice
+
+
 def _by_kernel(operation: str, x: Tensor) -> bool:
     """Whether VMAE_KERNELS gives a call on tensors like x to the Triton kernel, rather than to the reference.
 
     Raises:
         ValueError: it asks for what cannot be.
     """
-    choice = os.environ.get("VMAE_KERNELS", "auto")
-    if choice not in ("auto", "triton", "torch"):
-        raise ValueError(f"VMAE_KERNELS: expected auto, triton or torch, got {choice!r}")
-    if choice == "torch" or (choice == "auto" and x.is_cpu):
+    choice = chosen()
+    if choice == "torch" or (choice != "triton" and x.is_cpu):
         return False
     reason = _triton.why_not(x)
     if choice == "triton" and reason:
@@ -90,7 +101,7 @@ def _autocast_rule(name: str, device_type: str, cast: int) -> Callable[..., Any]
     def run(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            head = (x if x.dtype == torch.float64 else x.to(dtype) for x in args[:cast])
+            head = (x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in args[:cast])
             return getattr(ops, name)(*head, *args[cast:])
 
     return run

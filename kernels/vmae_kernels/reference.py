@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv3d_input, conv3d_weight
 
 from ._library import ops
 from .philox import normals_of_blocks
@@ -472,19 +473,66 @@ def past_frames(x: Tensor, cache: Tensor | None, frames: int) -> Tensor:
     return past
 
 
+def convolution_sizes(x: Tensor, weight: Tensor, stride: Sequence[int]) -> list[int]:
+    """Of the result: [B, O, Z, P, Q]."""
+    space = ((n + 2 * (k // 2) - k) // s + 1 for n, k, s in zip(x.shape[3:], weight.shape[3:], stride[1:], strict=True))
+    return [x.shape[0], weight.shape[0], x.shape[2] // stride[0], *space]
+
+
+def _with_past(x: Tensor, cache: Tensor | None, past: int, frames: int) -> Tensor:
+    """The cache, or zeros, and the first `frames` frames of x."""
+    if cache is None:
+        shape = (*x.shape[:2], past, *x.shape[3:])
+        cache = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)).zero_()
+    return torch.cat((cache, x[:, :, :frames]), dim=2)
+
+
 def causal_conv3d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], cache: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, stride: Sequence[int], silu: bool
 ) -> Tensor:
-    layout = memory_format(x)
-    kt, kh, kw = weight.shape[2:]
-    frames = kt - stride[0]
-    if frames:  # only time is padded by a copy; the spatial padding folds into the convolution
-        if cache is None:
-            shape = (*x.shape[:2], frames, *x.shape[3:])
-            cache = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
-        x = torch.cat((cache, x), dim=2)
-    y = F.conv3d(x, weight, bias, stride=tuple(stride), padding=(0, kh // 2, kw // 2))
-    return y.contiguous(memory_format=layout)
+    layout, results, past = memory_format(x), x.shape[2] // stride[0], weight.shape[2] - stride[0]
+    padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
+    convolve = functools.partial(F.conv3d, weight=weight, bias=bias, stride=tuple(stride))
+    if 8 * (past // stride[0]) > results:  # a few frames: copying them takes less time than what is dropped below
+        y = convolve(_with_past(x, cache, past, x.shape[2]), padding=padding)
+    else:
+        # PyTorch pads both ends of time. The outputs after the last are dropped, which takes less time and memory than
+        # a padded copy of the input; those that see the cache are made again.
+        y = convolve(x, padding=(past, *padding[1:]))[:, :, :results]
+        seen = -(-past // stride[0])
+        if cache is not None and seen:
+            y[:, :, :seen] = convolve(_with_past(x, cache, past, seen * stride[0]), padding=padding)
+    y = y.contiguous(memory_format=layout)
+    return F.silu(y, inplace=True) if silu else y
+
+
+def causal_conv3d_input_gradient(
+    dy: Tensor, weight: Tensor, stride: Sequence[int], size: Sequence[int], past: bool, layout: torch.memory_format
+) -> tuple[Tensor, Tensor]:
+    before = weight.shape[2] - stride[0]
+    shape = (dy.shape[0], weight.shape[1], before + size[0], *size[1:])
+    padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
+    full = conv3d_input(shape, weight, dy, tuple(stride), padding)
+    cut = before if past else 0
+    return full[:, :, before:].contiguous(memory_format=layout), full[:, :, :cut].clone(memory_format=layout)
+
+
+def causal_conv3d_weight_gradient(
+    x: Tensor, cache: Tensor | None, dy: Tensor, kernel: Sequence[int], stride: Sequence[int]
+) -> Tensor:
+    past = kernel[0] - stride[0]
+    gradient = functools.partial(
+        conv3d_weight,
+        weight_size=(dy.shape[1], x.shape[1], *kernel),
+        stride=tuple(stride),
+        padding=(0, kernel[1] // 2, kernel[2] // 2),
+    )
+    seen, parts = min(-(-past // stride[0]), dy.shape[2]), []  # outputs that see frames before x, and the others
+    if seen:
+        parts.append(gradient(_with_past(x, cache, past, seen * stride[0]), grad_output=dy[:, :, :seen]))
+    if seen < dy.shape[2]:
+        parts.append(gradient(x[:, :, seen * stride[0] - past :], grad_output=dy[:, :, seen:]))
+    return (parts[0] if len(parts) == 1 else parts[0] + parts[1]).contiguous()
 
 
 # --- finite scalar quantization ------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vmae_kernels import causal_conv3d
+from vmae_kernels import causal_conv3d, topk
 
 LAST = torch.channels_last_3d
 
@@ -207,6 +207,71 @@ def test_gradcheck():
         return causal_conv3d(x, weight, bias, stride=(2, 1, 1), cache=cache, return_cache=True)
 
     assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
+
+
+def test_gradcheck_of_gradients():
+    x, weight, bias = case((3, 2, 1), b=1, c=2, o=2, t=4, h=3, w=2, dtype=torch.float64)
+    cache = rand(1, 2, 1, 3, 2, seed=3, dtype=torch.float64)
+    for tensors in ([x, weight], [x, weight, bias, cache]):
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+
+        def run(x, weight, bias=None, cache=None):
+            return causal_conv3d(x, weight, bias, stride=(2, 1, 1), cache=cache)
+
+        assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("b", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize("with_cache", [False, True])
+@pytest.mark.parametrize(("kt", "st", "t"), [(3, 1, 16), (3, 1, 19), (4, 2, 20), (7, 1, 48), (2, 2, 2), (3, 2, 34)])
+def test_many_frames(kt, st, t, with_cache, memory_format, b):
+    """Long enough that time is padded by the convolution, and not by a copy."""
+    x, weight, bias = case((kt, 3, 2), b=b, t=t, h=3, w=4)
+    cache = rand(b, 3, kt - st, 3, 4, seed=3) if with_cache else None
+    stride = (st, 1, 2)
+    tensors = [None if y is None else y.double().requires_grad_() for y in (x, weight, bias, cache)]
+    wanted = oracle(*tensors[:3], stride, tensors[3])
+    given = [y for y in tensors if y is not None]
+    grad = rand(*wanted.shape, seed=4)
+    truth = torch.autograd.grad(wanted, given, grad.double(), materialize_grads=True)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    mine = [x, *(y.detach().float().requires_grad_() for y in given[1:])]
+    y = causal_conv3d(*mine[:3], stride=stride, cache=mine[3] if with_cache else None)
+    assert y.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=2e-5)
+    for got, wanted in zip(torch.autograd.grad(y, mine, grad, materialize_grads=True), truth, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_silu():
+    x, weight, bias = case((3, 3, 3))
+    wanted = F.silu(oracle(*double(x, weight, bias)))
+    y = causal_conv3d(x, weight, bias, activation="silu")
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=2e-5)
+    weight.requires_grad_()
+    y = causal_conv3d(x, weight, bias, activation="silu")
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=2e-5)
+    exact = weight.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(F.silu(oracle(x.double(), exact, bias.double())).sum(), exact)
+    (got,) = torch.autograd.grad(y.sum(), weight)
+    torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="activation: expected 'silu' or None, got 'relu'"):
+        causal_conv3d(x, weight, activation="relu")
+
+
+def test_forced_extension(monkeypatch):
+    """VMAE_KERNELS=csrc runs it or says why it cannot."""
+    x, weight, _ = case((3, 3, 3))
+    wanted = causal_conv3d(x, weight)
+    monkeypatch.setenv("VMAE_KERNELS", "csrc")
+    with pytest.raises(
+        ValueError, match=r"VMAE_KERNELS=csrc: causal_conv3d expected (the compiled|bfloat16|a processor)"
+    ):
+        causal_conv3d(x, weight)
+    assert torch.equal(topk(rand(2, 5), 2), rand(2, 5).topk(2).indices.sort().values)  # has none, and is not concerned
+    monkeypatch.setenv("VMAE_KERNELS", "torch")
+    assert torch.equal(causal_conv3d(x, weight), wanted)
 
 
 def test_empty_batch_and_inputs_unchanged():

@@ -104,6 +104,10 @@ def assert_same(got, wanted):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def last(x):
+    return x.detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+
+
 def samples_of_ops():
     """One call of every registered operation, with gradients wherever it has them."""
     x = rand(2, 6, 5).requires_grad_()
@@ -117,6 +121,7 @@ def samples_of_ops():
     pixels = (video.abs() * 50).to(torch.uint8)
     conv = rand(2, 3, 4, 5, 4).requires_grad_(), rand(4, 3, 3, 3, 3, seed=1).requires_grad_()
     bias, cache = rand(4, seed=2).requires_grad_(), rand(2, 3, 2, 5, 4, seed=3).requires_grad_()
+    y5 = rand(2, 4, 4, 5, 4, seed=4).requires_grad_()
     patches = rand(2, 3, 24)
     half = [x.detach().bfloat16().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
     saved = [*(x.detach() for x in half), *(x.detach() for x in OPS.attention_cpu(*half, 0.3))]
@@ -157,8 +162,13 @@ def samples_of_ops():
         *by_kernel,
         ("attention_varlen_reference", *packed, cu, cu_k, 3, 4, 0.3),
         ("attention_varlen_reference_backward", rand(5, 2, 16), *known_packed, cu, cu_k, 3, 4, 0.3),
-        ("causal_conv3d", *conv, None, [1, 1, 1], None),
-        ("causal_conv3d", conv[0].contiguous(memory_format=torch.channels_last_3d), conv[1], bias, [1, 2, 2], cache),
+        ("causal_conv3d", *conv, None, None, [1, 1, 1], False),
+        ("causal_conv3d", *(x.detach() for x in conv), None, None, [1, 1, 1], True),
+        ("causal_conv3d", last(conv[0]), conv[1], bias, cache, [1, 2, 2], False),
+        ("causal_conv3d_input_gradient", y5, conv[1], [1, 1, 1], [4, 5, 4], True, False),
+        ("causal_conv3d_input_gradient", last(y5), conv[1], [1, 1, 1], [4, 5, 4], False, True),
+        ("causal_conv3d_weight_gradient", conv[0], cache, y5, [3, 3, 3], [1, 1, 1]),
+        ("causal_conv3d_weight_gradient", last(conv[0]), None, last(y5), [3, 3, 3], [1, 1, 1]),
         ("fsq", z, [8, 5, 5]),
         ("fsq_backward", rand(2, 4, 3, seed=1), z.detach(), [8, 5, 5]),
         ("random_words", 2, 5, 7, 11, 0, 1, 3, torch.device("cpu")),
@@ -343,7 +353,7 @@ def test_forced_implementation(name, monkeypatch):
             function(*inputs)
     for choice in ("nonsense", "", "Torch"):
         monkeypatch.setenv("VMAE_KERNELS", choice)
-        with pytest.raises(ValueError, match=rf"VMAE_KERNELS: expected auto, triton or torch, got '{choice}'"):
+        with pytest.raises(ValueError, match=rf"VMAE_KERNELS: expected auto, triton, csrc or torch, got '{choice}'"):
             function(*inputs)
 
 

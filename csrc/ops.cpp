@@ -1,0 +1,28 @@
+// The operations of `torch.ops.vmae_csrc`, in PyTorch's stable ABI: one binary for every Python and every torch from
+// 2.10. They write into tensors that Python has made and checked; autograd, fakes and the choice of an implementation
+// are Python's (kernels/vmae_kernels/causal_conv3d.py).
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+
+namespace vmae {
+namespace {
+
+// Of this build, as json.
+std::string facts() { return VMAE_BUILD_FACTS; }
+
+}  // namespace
+}  // namespace vmae
+
+STABLE_TORCH_LIBRARY(vmae_csrc, m) {
+  m.def(
+      "convolve(Tensor(a!) y, Tensor x, Tensor? cache, Tensor weight, Tensor? bias, int[] stride, bool silu, "
+      "bool exact) -> ()");
+  m.def(
+      "input_gradient(Tensor(a!) dx, Tensor(b!)? dcache, Tensor dy, Tensor weight, int[] stride, bool exact) -> ()");
+  m.def(
+      "weight_gradient(Tensor(a!) dweight, Tensor x, Tensor? cache, Tensor dy, int[] stride, bool exact) -> ()");
+  m.def("facts() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vmae_csrc, CompositeExplicitAutograd, m) { m.impl("facts", TORCH_BOX(&vmae::facts)); }

@@ -1,0 +1,5 @@
+#include "launch.cuh"
+
+namespace vmae {
+VMAE_INSTANTIATE(TensorFloat32);
+}

@@ -1,0 +1,32 @@
+"""The compiled extension, where it was built: csrc/ of the repository, in PyTorch's stable ABI."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = Path(__file__).with_name("libvmae_csrc.so")
+ops = torch.ops.vmae_csrc
+
+
+@functools.cache
+def _problem() -> str | None:
+    """Why the extension is not there, or None."""
+    if hasattr(ops, "convolve"):  # another copy of this package has loaded its own
+        return None
+    if not LIBRARY.exists():
+        return "the compiled extension, which was not built (VMAE_BUILD=force pip install says why)"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"the compiled extension, which could not be loaded: {error}"
+    return None
+
+
+@functools.cache
+def facts() -> dict[str, Any]:
+    """What the extension was built with and for, and what it offers here; `missing` says why there is none."""
+    problem = _problem()
+    return {"missing": problem} if problem else json.loads(ops.facts())
