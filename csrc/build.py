@@ -74,6 +74,8 @@ def _ninja_file(target: str) -> str:
             "architectures": [flag.rpartition("=")[2] for flag in architectures],
         }
         sources += CUDA_SOURCES
+        if any("90a" in flag for flag in architectures):
+            architectures.append("-DVMAE_SM90A")  # wgmma may be launched
         rules.append(
             f"{compiler} -ccbin {cxx} -std=c++20 -Xcompiler=-fPIC,-fvisibility=hidden --expt-relaxed-constexpr "
             f"-Xptxas=-v {flags} -I{cutlass} {' '.join(architectures)}"

@@ -55,6 +55,8 @@ struct Gather {
   int result_time, result_height, result_width;  // extents of the result's body
   int kernel_time, kernel_height, kernel_width;  // of the weight, [columns, time, height, width, channels]
 
+  // Weights of one column.
+  VMAE_HD int column_length() const { return kernel_time * kernel_height * kernel_width * channels; }
   VMAE_HD int64_t rows() const { return batch * time.rows * height.rows * width.rows; }
   VMAE_HD int taps() const { return time.taps * height.taps * width.taps; }
 };
@@ -104,8 +106,7 @@ inline std::vector<Gather> gradient_gathers(const Problem& p, bool with_past) {
 }
 
 struct Position {
-  int64_t batch;
-  int time, height, width;
+  int batch, time, height, width;
 };
 
 VMAE_HD Position position(const Gather& g, int64_t row) {
@@ -115,7 +116,7 @@ VMAE_HD Position position(const Gather& g, int64_t row) {
   at.height = static_cast<int>(row % g.height.rows);
   row /= g.height.rows;
   at.time = static_cast<int>(row % g.time.rows);
-  at.batch = row / g.time.rows;
+  at.batch = static_cast<int>(row / g.time.rows);
   return at;
 }
 
@@ -137,14 +138,14 @@ VMAE_HD void advance(const Gather& g, Position& at, int rows) {
 // The place of a position in a video of head and body; null where there is none, or outside it. Both parts have
 // `height` x `width` places of `channels` elements a frame.
 template <class T>
-VMAE_HD T* place(T* body, T* head, int head_frames, int64_t batch, int time, int row, int column, int frames,
+VMAE_HD T* place(T* body, T* head, int head_frames, int batch, int time, int row, int column, int frames,
                  int height, int width, int channels) {
   bool before = time < 0;
   int count = before ? head_frames : frames;
   int frame = before ? time + head_frames : time;
   T* part = before ? head : body;
   bool inside = part != nullptr && frame >= 0 && frame < count && row >= 0 && row < height && column >= 0 && column < width;
-  int64_t offset = (((batch * count + frame) * height + row) * width + column) * channels;
+  int64_t offset = (((static_cast<int64_t>(batch) * count + frame) * height + row) * width + column) * channels;
   return inside ? part + offset : nullptr;
 }
 
@@ -188,12 +189,12 @@ struct Tap {
     return true;
   }
 
-  VMAE_HD int64_t weight(const Gather& g, int column) const {
+  // Its place in the weights of one column.
+  VMAE_HD int weight(const Gather& g) const {
     int t = time * g.time.tap_step + g.time.tap_start;
     int h = height * g.height.tap_step + g.height.tap_start;
     int w = width * g.width.tap_step + g.width.tap_start;
-    int64_t taps = static_cast<int64_t>(g.kernel_time) * g.kernel_height * g.kernel_width;
-    return (column * taps + (t * g.kernel_height + h) * g.kernel_width + w) * g.channels + channel;
+    return ((t * g.kernel_height + h) * g.kernel_width + w) * g.channels + channel;
   }
 };
 
@@ -218,16 +219,17 @@ struct ConvolutionOperands {
 
   const T* body;
   const T* head;
-  const T* weight;
+  const T* weight;  // of the thread's first column
+  int column;
   Position rows[RowShare::kLines];
   const T* places[RowShare::kLines];  // of the current tap's channel 0
   unsigned inside;                    // a bit for each row
-  int64_t first_column;
   Tap tap;
 
   VMAE_HD ConvolutionOperands(const Gather& g, const T* body, const T* head, const T* weight, int64_t first_row,
                               int first_column, int thread)
-      : body(body), head(head), weight(weight), inside(0), first_column(first_column), tap{0, 0, 0, 0} {
+      : body(body), head(head), column(first_column + ColumnShare::line(thread, 0)), inside(0), tap{0, 0, 0, 0} {
+    this->weight = weight + static_cast<int64_t>(column) * g.column_length();
     for (int i = 0; i < RowShare::kLines; ++i) {
       int64_t row = first_row + RowShare::line(thread, i);
       if (row < g.rows()) inside |= 1u << i;
@@ -250,9 +252,10 @@ struct ConvolutionOperands {
 
   VMAE_HD const T* source(int i) const { return places[i] ? places[i] + tap.channel : nullptr; }
 
-  VMAE_HD const T* weights(const Gather& g, int thread, int i) const {
-    int64_t column = first_column + ColumnShare::line(thread, i);
-    return tap.inside(g) && column < g.columns ? weight + tap.weight(g, static_cast<int>(column)) : nullptr;
+  VMAE_HD const T* weights(const Gather& g, int i) const {
+    bool there = tap.inside(g) && column + i * ColumnShare::kLinesAtOnce < g.columns;
+    int64_t skipped = static_cast<int64_t>(i) * ColumnShare::kLinesAtOnce * g.column_length();
+    return there ? weight + skipped + tap.weight(g) : nullptr;
   }
 };
 
@@ -266,33 +269,33 @@ struct WeightGradientOperands {
 
   const T* body;
   const T* head;
-  const T* gradient;
-  int64_t depth, last;  // positions of the output: this tile's first, and where this slice of them ends
-  int output;           // the thread's first channel of the output
-  Tap tap;              // the thread's tap and first channel of the source
+  const T* gradient;  // at this tile's first position and the thread's first channel of the output
+  int64_t left;       // positions from there to the slice's end
+  bool channels;      // whether the output has that channel
+  Tap tap;            // the thread's tap and first channel of the source
   Position positions[ColumnShare::kLines];
 
   VMAE_HD WeightGradientOperands(const Gather& g, const T* body, const T* head, const T* gradient, int64_t first,
                                  int64_t last, int first_row, int first_column, int thread)
-      : body(body), head(head), gradient(gradient), depth(first), last(last),
-        output(first_row + RowShare::element(thread)), tap{0, 0, 0, 0} {
+      : body(body), head(head), gradient(gradient + first * g.columns + first_row + RowShare::element(thread)),
+        left(last - first), channels(first_row + RowShare::element(thread) < g.columns), tap{0, 0, 0, 0} {
     tap.advance(g, first_column + ColumnShare::element(thread));
     for (int i = 0; i < ColumnShare::kLines; ++i) positions[i] = position(g, first + ColumnShare::line(thread, i));
   }
 
   VMAE_HD void advance(const Gather& g) {
-    depth += DEPTH;
+    gradient += static_cast<int64_t>(DEPTH) * g.columns;
+    left -= DEPTH;
     for (int i = 0; i < ColumnShare::kLines; ++i) vmae::advance(g, positions[i], DEPTH);
   }
 
   VMAE_HD const T* gradients(const Gather& g, int thread, int i) const {
-    int64_t at = depth + RowShare::line(thread, i);
-    return at < last && output < g.columns ? gradient + at * g.columns + output : nullptr;
+    int line = RowShare::line(thread, i);
+    return line < left && channels ? gradient + static_cast<int64_t>(line) * g.columns : nullptr;
   }
 
   VMAE_HD const T* source(const Gather& g, int thread, int i) const {
-    int64_t at = depth + ColumnShare::line(thread, i);
-    if (at >= last || !tap.inside(g)) return nullptr;
+    if (ColumnShare::line(thread, i) >= left || !tap.inside(g)) return nullptr;
     const T* there = source_place(g, body, head, positions[i], tap.time, tap.height, tap.width);
     return there ? there + tap.channel : nullptr;
   }

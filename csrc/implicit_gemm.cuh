@@ -1,6 +1,8 @@
 // The convolution and its gradients as implicit GEMMs for compute capability 8.0 and all that came after it: operands
 // come to shared memory by asynchronous copies of 16 bytes (or element by element where channels or addresses do not
-// allow that), with zeros for what lies outside, and go through the tensor cores with fp32 sums.
+// allow that), with zeros for what lies outside, and go through the tensor cores with fp32 sums. On 9.0 those are asked
+// through wgmma. Its copies are the same: the copy engine's descriptor holds one tensor, and here cache and chunk are
+// read as one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -65,9 +67,6 @@ struct ExactFloat32 {
   using CopyRows = CopyDepth;
 };
 
-template <class Math>
-using TilesFor = Tiles<sizeof(typename Math::Element), Math::kBlocks>;
-
 // A tile's layout in shared memory: swizzled within 8 lines of `LENGTH` elements, so that neither the copies in nor the
 // matrix loads meet in one bank; chunks of 16 bytes stay whole.
 template <class Element, int LENGTH>
@@ -118,6 +117,7 @@ template <class Math, class Tile, bool DEPTH_CONTIGUOUS>
 struct Mainloop {
   using Element = typename Math::Element;
   using Operand = typename Math::Operand;
+  using Mma = typename Math::Mma;
   using LayoutA = typename SharedTile<Element, Tile::kRows, Tile::kDepth, Tile::kStages, DEPTH_CONTIGUOUS>::Type;
   using LayoutB = typename SharedTile<Element, Tile::kColumns, Tile::kDepth, Tile::kStages, DEPTH_CONTIGUOUS>::Type;
   static constexpr int kSharedBytes = (cute::cosize_v<LayoutA> + cute::cosize_v<LayoutB>) * sizeof(Element);
@@ -128,7 +128,7 @@ struct Mainloop {
     Element* shared_b = shared + cosize_v<LayoutA>;
     Tensor a = make_tensor(make_smem_ptr(reinterpret_cast<Operand*>(shared)), LayoutA{});
     Tensor b = make_tensor(make_smem_ptr(reinterpret_cast<Operand*>(shared_b)), LayoutB{});
-    typename Math::Mma mma;
+    Mma mma;
     auto mine = mma.get_slice(threadIdx.x);
     Tensor ra = mine.partition_fragment_A(a(_, _, 0));
     Tensor rb = mine.partition_fragment_B(b(_, _, 0));
@@ -167,6 +167,79 @@ struct Mainloop {
   }
 };
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define VMAE_HAS_WGMMA 1
+#endif
+
+// The same for wgmma, which reads both operands from shared memory, and works on while its warps copy.
+template <class Math, class Tile, bool DEPTH_CONTIGUOUS>
+struct WarpgroupMainloop {
+  using Element = typename Math::Element;
+  static constexpr cute::GMMA::Major kMajor = DEPTH_CONTIGUOUS ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
+  using Mma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float,
+                                 Shape<Int<Tile::kRows>, Int<Tile::kColumns>, Int<Tile::kDepth>>, kMajor, kMajor>(),
+      Layout<Shape<_2, _1, _1>>{}));  // two warpgroups, each with half of the rows
+  using Atom = std::conditional_t<DEPTH_CONTIGUOUS, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                  cute::GMMA::Layout_MN_SW128_Atom<Element>>;
+  using Order = std::conditional_t<DEPTH_CONTIGUOUS, cute::Step<_1, _2, cute::_3>, cute::Step<_2, _1, cute::_3>>;
+  template <int LINES>
+  using SharedLayout =
+      decltype(cute::tile_to_shape(Atom{}, Shape<Int<LINES>, Int<Tile::kDepth>, Int<Tile::kStages>>{}, Order{}));
+  using LayoutA = SharedLayout<Tile::kRows>;
+  using LayoutB = SharedLayout<Tile::kColumns>;
+  static constexpr int kSharedBytes = (cute::cosize_v<LayoutA> + cute::cosize_v<LayoutB>) * sizeof(Element);
+
+  template <class Load, class Sums>
+  static __device__ __forceinline__ void run(Element* shared, int tiles, Load&& load, Sums& sums) {
+    using namespace cute;
+    // Tiles copied ahead. One stage is being read, and one may still be by the slower warpgroup.
+    constexpr int kAhead = Tile::kStages - 2;
+    Tensor a = make_tensor(make_smem_ptr(shared), LayoutA{});
+    Tensor b = make_tensor(make_smem_ptr(shared + cosize_v<LayoutA>), LayoutB{});
+    Mma mma;
+    auto mine = mma.get_slice(threadIdx.x);
+    Tensor fa = mine.make_fragment_A(mine.partition_A(a));
+    Tensor fb = mine.make_fragment_B(mine.partition_B(b));
+
+    for (int tile = 0; tile < kAhead; ++tile) {
+      if (tile < tiles) load(tile);
+      cp_async_fence();
+    }
+    warpgroup_fence_operand(sums);
+    for (int tile = 0; tile < tiles; ++tile) {
+      int stage = tile % Tile::kStages;
+      cp_async_wait<kAhead - 1>();
+      asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");  // wgmma reads by another path than copies write
+      __syncthreads();
+      warpgroup_arrive();
+      gemm(mma, fa(_, _, _, stage), fb(_, _, _, stage), sums);
+      warpgroup_commit_batch();
+      // Into the stage of two tiles ago, which both warpgroups had read before the barrier above.
+      if (tile + kAhead < tiles) load((tile + kAhead) % Tile::kStages);
+      cp_async_fence();
+      warpgroup_wait<1>();
+    }
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(sums);
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+};
+
+template <class Math, class Tile, bool DEPTH_CONTIGUOUS>
+using MainloopFor = std::conditional_t<Tile::kWarpgroups, WarpgroupMainloop<Math, Tile, DEPTH_CONTIGUOUS>,
+                                       Mainloop<Math, Tile, DEPTH_CONTIGUOUS>>;
+
+// A kernel's body, empty where its tile's instructions do not exist; nothing launches it there.
+#ifdef VMAE_HAS_WGMMA
+template <class Tile>
+constexpr bool kCompiled = true;
+#else
+template <class Tile>
+constexpr bool kCompiled = !Tile::kWarpgroups;
+#endif
+
 // --- the convolution, and the gradient of its input ----------------------------------------------------------------
 
 template <class Element>
@@ -181,7 +254,7 @@ struct ConvolutionArguments {
 template <class Math, class Tile>
 struct ConvolutionKernel {
   using Element = typename Math::Element;
-  using Loop = Mainloop<Math, Tile, true>;
+  using Loop = MainloopFor<Math, Tile, true>;
   using Operands = ConvolutionOperands<Element, Tile::kRows, Tile::kColumns, Tile::kDepth, Tile::kVector>;
   static constexpr int kLine = Tile::kColumns + 16 / sizeof(Element);  // of the result's tile; so that banks differ
   static constexpr int kResultBytes = Tile::kRows * kLine * sizeof(Element);
@@ -209,11 +282,11 @@ struct ConvolutionKernel {
       CUTE_UNROLL
       for (int i = 0; i < Columns::kLines; ++i) {
         copy_in<Tile::kVector>(&b(Columns::line(thread, i), Columns::element(thread), stage),
-                               operands.weights(g, thread, i));
+                               operands.weights(g, i));
       }
       operands.advance(g);
     };
-    typename Math::Mma mma;
+    typename Loop::Mma mma;
     auto mine = mma.get_slice(thread);
     auto tile_shape = Shape<Int<Tile::kRows>, Int<Tile::kColumns>>{};
     Tensor sums = partition_fragment_C(mma, tile_shape);
@@ -262,8 +335,10 @@ struct ConvolutionKernel {
 template <class Math, class Tile>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
 convolution_kernel(const __grid_constant__ ConvolutionArguments<typename Math::Element> arguments) {
-  extern __shared__ uint4 shared[];
-  ConvolutionKernel<Math, Tile>::run(arguments, reinterpret_cast<typename Math::Element*>(shared));
+  extern __shared__ __align__(1024) unsigned char shared[];  // wgmma's swizzle counts from there
+  if constexpr (kCompiled<Tile>) {
+    ConvolutionKernel<Math, Tile>::run(arguments, reinterpret_cast<typename Math::Element*>(shared));
+  }
 }
 
 // --- the gradient of the weight ------------------------------------------------------------------------------------
@@ -279,7 +354,7 @@ struct WeightGradientArguments {
 template <class Math, class Tile>
 struct WeightGradientKernel {
   using Element = typename Math::Element;
-  using Loop = Mainloop<Math, Tile, false>;
+  using Loop = MainloopFor<Math, Tile, false>;
   using Operands = WeightGradientOperands<Element, Tile::kRows, Tile::kColumns, Tile::kDepth, Tile::kVector>;
   static constexpr int kSharedBytes = Loop::kSharedBytes;
 
@@ -313,7 +388,7 @@ struct WeightGradientKernel {
       }
       operands.advance(g);
     };
-    typename Math::Mma mma;
+    typename Loop::Mma mma;
     auto tile_shape = Shape<Int<Tile::kRows>, Int<Tile::kColumns>>{};
     Tensor sums = partition_fragment_C(mma, tile_shape);
     clear(sums);
@@ -335,8 +410,10 @@ struct WeightGradientKernel {
 template <class Math, class Tile>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
 weight_gradient_kernel(const __grid_constant__ WeightGradientArguments<typename Math::Element> arguments) {
-  extern __shared__ uint4 shared[];
-  WeightGradientKernel<Math, Tile>::run(arguments, reinterpret_cast<typename Math::Element*>(shared));
+  extern __shared__ __align__(1024) unsigned char shared[];  // wgmma's swizzle counts from there
+  if constexpr (kCompiled<Tile>) {
+    WeightGradientKernel<Math, Tile>::run(arguments, reinterpret_cast<typename Math::Element*>(shared));
+  }
 }
 
 // The slices' sums, added in their order.

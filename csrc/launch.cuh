@@ -24,20 +24,50 @@ void launch(Kernel* kernel, int shared_bytes, int64_t blocks, int slices, const 
   check(cudaGetLastError(), "causal_conv3d");
 }
 
+// Whether the current device has wgmma, and this build code for it.
+inline bool has_wgmma() {
+#ifdef VMAE_SM90A
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device");
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
+}
+
+// `run` with the table of tiles for the current device.
+template <class Math, class Run>
+void with_table(Run&& run) {
+  if constexpr (sizeof(typename Math::Element) == 2) {
+    if (has_wgmma()) return run(static_cast<HopperTiles*>(nullptr));
+  }
+  run(static_cast<Tiles<sizeof(typename Math::Element), Math::kBlocks>*>(nullptr));
+}
+
 template <class Math>
 void launch_convolution(const Gather& gather, const void* body, const void* head, const void* weight, const void* bias,
                         void* result, void* result_head, bool silu, cudaStream_t stream) {
   using Element = typename Math::Element;
-  using Table = TilesFor<Math>;
-  bool wide_stores = gather.columns % Table::kVector == 0 && aligned(result) && aligned(result_head);
-  ConvolutionArguments<Element> arguments = {
-      gather, static_cast<const Element*>(body), static_cast<const Element*>(head), static_cast<const Element*>(weight),
-      static_cast<const Element*>(bias), static_cast<Element*>(result), static_cast<Element*>(result_head), silu,
-      wide_stores};
-  with_tile<Table>(convolution_tile<Table>(gather, aligned(body) && aligned(head) && aligned(weight)), [&](auto* tile) {
-    using Tile = std::remove_pointer_t<decltype(tile)>;
-    launch(convolution_kernel<Math, Tile>, ConvolutionKernel<Math, Tile>::kSharedBytes, convolution_tiles<Tile>(gather),
-           1, arguments, stream);
+  with_table<Math>([&](auto* table) {
+    using Table = std::remove_pointer_t<decltype(table)>;
+    bool wide_stores = gather.columns % Table::kVector == 0 && aligned(result) && aligned(result_head);
+    ConvolutionArguments<Element> arguments = {gather,
+                                               static_cast<const Element*>(body),
+                                               static_cast<const Element*>(head),
+                                               static_cast<const Element*>(weight),
+                                               static_cast<const Element*>(bias),
+                                               static_cast<Element*>(result),
+                                               static_cast<Element*>(result_head),
+                                               silu,
+                                               wide_stores};
+    Size size = convolution_tile<Table>(gather, aligned(body) && aligned(head) && aligned(weight));
+    with_tile<Table>(size, [&](auto* tile) {
+      using Tile = std::remove_pointer_t<decltype(tile)>;
+      launch(convolution_kernel<Math, Tile>, ConvolutionKernel<Math, Tile>::kSharedBytes,
+             convolution_tiles<Tile>(gather), 1, arguments, stream);
+    });
   });
 }
 
@@ -57,37 +87,44 @@ void input_gradient(const Problem& problem, const void* gradient, const void* we
   }
 }
 
+inline int64_t weight_count(const Gather& g) { return static_cast<int64_t>(g.columns) * g.taps() * g.channels; }
+
 template <class Math>
 int64_t weight_gradient_workspace(const Problem& problem) {
   Gather g = forward_gather(problem);
-  int slices = weight_gradient_slices<TilesFor<Math>>(g, weight_gradient_tile<TilesFor<Math>>(g, true));
-  return static_cast<int64_t>(g.columns) * g.taps() * g.channels * slices;
-}
-
-template <class Math, class Tile>
-void launch_weight_gradient(const WeightGradientArguments<typename Math::Element>& arguments, cudaStream_t stream) {
-  launch(weight_gradient_kernel<Math, Tile>, WeightGradientKernel<Math, Tile>::kSharedBytes,
-         weight_gradient_tiles<Tile>(arguments.gather), arguments.slices, arguments, stream);
+  int slices = 1;
+  with_table<Math>([&](auto* table) {
+    using Table = std::remove_pointer_t<decltype(table)>;
+    slices = weight_gradient_slices<Table>(g, weight_gradient_tile<Table>(g, true));
+  });
+  return weight_count(g) * slices;
 }
 
 template <class Math>
 void weight_gradient(const Problem& problem, const void* video, const void* past, const void* gradient,
                      float* workspace, void* weight, cudaStream_t stream) {
   using Element = typename Math::Element;
-  using Table = TilesFor<Math>;
   Gather g = forward_gather(problem);
-  int64_t count = static_cast<int64_t>(g.columns) * g.taps() * g.channels;
+  int64_t count = weight_count(g);
+  int slices = static_cast<int>(weight_gradient_workspace<Math>(problem) / count);
   WeightGradientArguments<Element> arguments = {
-      g, static_cast<const Element*>(video), static_cast<const Element*>(past), static_cast<const Element*>(gradient),
-      workspace, static_cast<int>(weight_gradient_workspace<Math>(problem) / count)};
-  Size size = weight_gradient_tile<Table>(g, aligned(video) && aligned(past) && aligned(gradient));
-  if (size == Size::wide) {
-    launch_weight_gradient<Math, typename Table::Wide>(arguments, stream);
-  } else {
-    launch_weight_gradient<Math, typename Table::Scalar>(arguments, stream);
-  }
+      g,      static_cast<const Element*>(video), static_cast<const Element*>(past), static_cast<const Element*>(gradient),
+      workspace, slices};
+  with_table<Math>([&](auto* table) {
+    using Table = std::remove_pointer_t<decltype(table)>;
+    auto run = [&](auto* tile) {
+      using Tile = std::remove_pointer_t<decltype(tile)>;
+      launch(weight_gradient_kernel<Math, Tile>, WeightGradientKernel<Math, Tile>::kSharedBytes,
+             weight_gradient_tiles<Tile>(g), slices, arguments, stream);
+    };
+    if (weight_gradient_tile<Table>(g, aligned(video) && aligned(past) && aligned(gradient)) == Size::wide) {
+      run(static_cast<typename Table::Wide*>(nullptr));
+    } else {
+      run(static_cast<typename Table::Scalar*>(nullptr));
+    }
+  });
   sum_slices_kernel<<<static_cast<unsigned>(ceil_div(count, kThreads)), kThreads, 0, stream>>>(
-      workspace, arguments.slices, count, static_cast<Element*>(weight));
+      workspace, slices, count, static_cast<Element*>(weight));
   check(cudaGetLastError(), "causal_conv3d");
 }
 

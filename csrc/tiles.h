@@ -10,10 +10,11 @@ namespace vmae {
 
 // A block's tile, how many of them are on their way at once, how many elements a copy takes, and how many blocks a
 // multiprocessor's registers shall hold.
-template <int ROWS, int COLUMNS, int DEPTH, int STAGES, int VECTOR, int BLOCKS>
+template <int ROWS, int COLUMNS, int DEPTH, int STAGES, int VECTOR, int BLOCKS, bool WARPGROUPS = false>
 struct Tile {
   static constexpr int kRows = ROWS, kColumns = COLUMNS, kDepth = DEPTH, kStages = STAGES, kVector = VECTOR;
   static constexpr int kBlocks = BLOCKS;
+  static constexpr bool kWarpgroups = WARPGROUPS;  // multiplied by wgmma, which compute capability 9.0 alone has
 };
 
 // For elements of BYTES: copies of 16 bytes where channels and addresses allow them, else one element at a time.
@@ -24,6 +25,12 @@ struct Tiles {
   using Wide = Tile<128, 128, kDepth, 4, kVector, BLOCKS>;
   using Narrow = Tile<128, 64, kDepth, 4, kVector, 2>;  // where the result has 64 channels or fewer
   using Scalar = Tile<64, 64, kDepth, 3, 1, 1>;
+};
+
+// For 16-bit elements on compute capability 9.0.
+struct HopperTiles : Tiles<2, 2> {
+  using Wide = Tile<128, 128, 64, 3, kVector, 2, true>;
+  using Narrow = Tile<128, 64, 64, 4, kVector, 2, true>;
 };
 
 enum class Size { wide, narrow, scalar };

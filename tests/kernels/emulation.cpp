@@ -43,7 +43,8 @@ void copy_in(float* to, const float* from, std::initializer_list<Range> allowed)
   for (int i = 0; i < VECTOR; ++i) to[i] = from ? from[i] : 0.0f;
 }
 
-template <class Tile>
+// VECTOR: elements of a store.
+template <class Tile, int VECTOR>
 void convolution(const Gather& g, Range body, Range head, Range weight, const float* bias, float* result,
                  float* result_head, int* stores, int* head_stores, bool silu) {
   using Operands = ConvolutionOperands<float, Tile::kRows, Tile::kColumns, Tile::kDepth, Tile::kVector>;
@@ -68,7 +69,7 @@ void convolution(const Gather& g, Range body, Range head, Range weight, const fl
         }
         for (int i = 0; i < Columns::kLines; ++i) {
           copy_in<Tile::kVector>(&b[Columns::line(t, i) * Tile::kDepth + Columns::element(t)],
-                                 threads[t].weights(g, t, i), {weight});
+                                 threads[t].weights(g, i), {weight});
         }
         threads[t].advance(g);
       }
@@ -80,8 +81,7 @@ void convolution(const Gather& g, Range body, Range head, Range weight, const fl
         }
       }
     }
-    constexpr int kVector = Tile::kDepth / 4;  // 16 bytes, as the kernel's stores
-    using Out = Share<Tile::kRows, Tile::kColumns, kVector>;
+    using Out = Share<Tile::kRows, Tile::kColumns, VECTOR>;
     for (int t = 0; t < kThreads; ++t) {
       int column = Out::element(t);
       for (int i = 0; i < Out::kLines; ++i) {
@@ -91,7 +91,7 @@ void convolution(const Gather& g, Range body, Range head, Range weight, const fl
         float* to = result_place(g, result, result_head, at);
         int* count = result_place(g, stores, head_stores, at);
         if (to == nullptr) continue;
-        for (int j = 0; j < kVector && first_column + column + j < g.columns; ++j) {
+        for (int j = 0; j < VECTOR && first_column + column + j < g.columns; ++j) {
           double value = sums[Out::line(t, i) * Tile::kColumns + column + j];
           if (bias) value += bias[first_column + column + j];
           if (silu) value = value / (1 + std::exp(-value));
@@ -161,10 +161,17 @@ int64_t weight_count(const Problem& p) {
   return int64_t{1} * p.outputs * p.channels * p.kernel[0] * p.kernel[1] * p.kernel[2];
 }
 
+// `run` with a table of tiles: for elements of 2 or 4 bytes, or, with 0, those for wgmma.
 template <class Run>
-int guarded(int bytes, Run&& run) {
+int guarded(int table, Run&& run) {
   try {
-    bytes == 2 ? run(static_cast<Tiles<2, 2>*>(nullptr)) : run(static_cast<Tiles<4, 2>*>(nullptr));
+    if (table == 0) {
+      run(static_cast<HopperTiles*>(nullptr));
+    } else if (table == 2) {
+      run(static_cast<Tiles<2, 2>*>(nullptr));
+    } else {
+      run(static_cast<Tiles<4, 2>*>(nullptr));
+    }
   } catch (const Failure&) {
     return 1;
   }
@@ -173,32 +180,32 @@ int guarded(int bytes, Run&& run) {
 
 }  // namespace
 
-// Each returns 1 where a load was outside its tensor. `bytes`: of the element whose tiles are used; `aligned`: whether
-// addresses allow copies of 16 bytes. `stores` counts the stores to each element of the result.
+// Each returns 1 where a load was outside its tensor. `aligned`: whether addresses allow copies of
+// 16 bytes. `stores` counts the stores to each element of the result.
 extern "C" {
 
-int emulate_convolve(const int64_t* numbers, int bytes, int aligned, const float* video, const float* past,
+int emulate_convolve(const int64_t* numbers, int table, int aligned, const float* video, const float* past,
                      const float* weight, const float* bias, int silu, float* result, int* stores) {
   Problem p = problem_of(numbers);
   Gather g = forward_gather(p);
-  return guarded(bytes, [&](auto* table) {
-    using Table = std::remove_pointer_t<decltype(table)>;
+  return guarded(table, [&](auto* of) {
+    using Table = std::remove_pointer_t<decltype(of)>;
     with_tile<Table>(convolution_tile<Table>(g, aligned), [&](auto* tile) {
-      convolution<std::remove_pointer_t<decltype(tile)>>(
+      convolution<std::remove_pointer_t<decltype(tile)>, Table::kVector>(
           g, {video, video_count(p, false)}, {past, video_count(p, true)}, {weight, weight_count(p)}, bias, result,
           nullptr, stores, nullptr, silu);
     });
   });
 }
 
-int emulate_input_gradient(const int64_t* numbers, int bytes, int aligned, const float* gradient, const float* weight,
+int emulate_input_gradient(const int64_t* numbers, int table, int aligned, const float* gradient, const float* weight,
                            float* video, float* past, int* stores, int* past_stores) {
   Problem p = problem_of(numbers);
-  return guarded(bytes, [&](auto* table) {
-    using Table = std::remove_pointer_t<decltype(table)>;
+  return guarded(table, [&](auto* of) {
+    using Table = std::remove_pointer_t<decltype(of)>;
     for (const Gather& g : gradient_gathers(p, past != nullptr)) {
       with_tile<Table>(convolution_tile<Table>(g, aligned), [&](auto* tile) {
-        convolution<std::remove_pointer_t<decltype(tile)>>(
+        convolution<std::remove_pointer_t<decltype(tile)>, Table::kVector>(
             g, {gradient, result_count(p)}, {nullptr, 0}, {weight, weight_count(p)}, nullptr, video, past, stores,
             past_stores, false);
       });
@@ -206,12 +213,12 @@ int emulate_input_gradient(const int64_t* numbers, int bytes, int aligned, const
   });
 }
 
-int emulate_weight_gradient(const int64_t* numbers, int bytes, int aligned, int slices, const float* video,
+int emulate_weight_gradient(const int64_t* numbers, int table, int aligned, int slices, const float* video,
                             const float* past, const float* gradient, float* partial, int* stores) {
   Problem p = problem_of(numbers);
   Gather g = forward_gather(p);
-  return guarded(bytes, [&](auto* table) {
-    using Table = std::remove_pointer_t<decltype(table)>;
+  return guarded(table, [&](auto* of) {
+    using Table = std::remove_pointer_t<decltype(of)>;
     with_tile<Table>(weight_gradient_tile<Table>(g, aligned), [&](auto* tile) {
       weight_gradient<std::remove_pointer_t<decltype(tile)>>(
           g, slices, {video, video_count(p, false)}, {past, video_count(p, true)}, {gradient, result_count(p)}, partial,
@@ -220,11 +227,11 @@ int emulate_weight_gradient(const int64_t* numbers, int bytes, int aligned, int 
   });
 }
 
-int emulated_slices(const int64_t* numbers, int bytes) {
+int emulated_slices(const int64_t* numbers, int table) {
   Gather g = forward_gather(problem_of(numbers));
   int slices = 0;
-  guarded(bytes, [&](auto* table) {
-    using Table = std::remove_pointer_t<decltype(table)>;
+  guarded(table, [&](auto* of) {
+    using Table = std::remove_pointer_t<decltype(of)>;
     slices = weight_gradient_slices<Table>(g, weight_gradient_tile<Table>(g, true));
   });
   return slices;

@@ -74,11 +74,11 @@ def close(got, wanted):
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def check(emulation, case, bytes, aligned):
+def check(emulation, case, table, aligned):
     wanted, dy, wanted_dx, wanted_dweight, wanted_dcache = case.oracle()
     x, cache, weight, gradient = last(case.x), last(case.cache), last(case.weight), last(dy)
     y, stores = unwritten(*wanted.shape)
-    how = case.numbers, bytes, aligned
+    how = case.numbers, table, aligned
     assert not emulation.emulate_convolve(
         *how, *map(pointer, (x, cache, weight, case.bias)), 0, pointer(y), pointer(stores)
     )
@@ -96,7 +96,7 @@ def check(emulation, case, bytes, aligned):
         assert (past_stores == 1).all()
         close(dcache, wanted_dcache)
 
-    for slices in {1, 3, emulation.emulated_slices(case.numbers, bytes)}:
+    for slices in {1, 3, emulation.emulated_slices(case.numbers, table)}:
         o, c, *kernel = case.weight.shape
         partial = torch.full((slices, o, *kernel, c), float("nan"))
         stores = torch.zeros(partial.shape, dtype=torch.int32)
@@ -107,7 +107,7 @@ def check(emulation, case, bytes, aligned):
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("bytes", [2, 4])
+@pytest.mark.parametrize("table", [0, 2, 4])
 @pytest.mark.parametrize(
     "case",
     [
@@ -123,8 +123,8 @@ def check(emulation, case, bytes, aligned):
         Case(1, 16, 24, 40, 12, 12, (3, 1, 1), (1, 1, 1)),  # more than one slice
     ],
 )
-def test_cases(emulation, case, bytes, aligned):
-    check(emulation, case, bytes, aligned)
+def test_cases(emulation, case, table, aligned):
+    check(emulation, case, table, aligned)
 
 
 @st.composite
@@ -138,9 +138,9 @@ def cases(draw):
 
 
 @settings(max_examples=40, deadline=None)
-@given(cases(), st.sampled_from([2, 4]), st.booleans())
-def test_any_shape(emulation, case, bytes, aligned):
-    check(emulation, case, bytes, aligned)
+@given(cases(), st.sampled_from([0, 2, 4]), st.booleans())
+def test_any_shape(emulation, case, table, aligned):
+    check(emulation, case, table, aligned)
 
 
 def test_silu(emulation):
