@@ -41,6 +41,11 @@ bench: $(READY)
 resources: $(READY)
 	$(RUN)python -m vmae_kernels.resources --all
 
+# Compiles csrc/ for every GPU generation, on any machine with nvcc, and checks the code (three minutes on two cores).
+cuda: $(READY)
+	$(RUN)python -m pip install --quiet --disable-pip-version-check --no-deps $(CUTLASS)
+	$(RUN)python csrc/check.py build/cuda csrc/resources.md
+
 # The kernels' GPU tests under NVIDIA's compute-sanitizer, which comes with the CUDA toolkit: reads and writes out of
 # bounds, of memory that nothing was written to, and races between threads of a block (hours, where minutes without).
 sanitize: $(READY)

@@ -270,7 +270,7 @@ struct WeightGradientOperands {
   const T* body;
   const T* head;
   const T* gradient;  // at this tile's first position and the thread's first channel of the output
-  int64_t left;       // positions from there to the slice's end
+  int left;           // positions from there to the slice's end
   bool channels;      // whether the output has that channel
   Tap tap;            // the thread's tap and first channel of the source
   Position positions[ColumnShare::kLines];
@@ -278,7 +278,7 @@ struct WeightGradientOperands {
   VMAE_HD WeightGradientOperands(const Gather& g, const T* body, const T* head, const T* gradient, int64_t first,
                                  int64_t last, int first_row, int first_column, int thread)
       : body(body), head(head), gradient(gradient + first * g.columns + first_row + RowShare::element(thread)),
-        left(last - first), channels(first_row + RowShare::element(thread) < g.columns), tap{0, 0, 0, 0} {
+        left(static_cast<int>(last - first)), channels(first_row + RowShare::element(thread) < g.columns), tap{0, 0, 0, 0} {
     tap.advance(g, first_column + ColumnShare::element(thread));
     for (int i = 0; i < ColumnShare::kLines; ++i) positions[i] = position(g, first + ColumnShare::line(thread, i));
   }

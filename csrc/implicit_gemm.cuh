@@ -50,7 +50,7 @@ struct Float16 {
 };
 
 struct TensorFloat32 {
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = 1;  // with two, some registers would spill
   using Element = float;
   using Operand = cute::tfloat32_t;
   using Mma = decltype(cute::make_tiled_mma(cute::SM80_16x8x8_F32TF32TF32F32_TN{}, Layout<Shape<_2, _4, _1>>{}));
@@ -59,7 +59,7 @@ struct TensorFloat32 {
 };
 
 struct ExactFloat32 {
-  static constexpr int kBlocks = 1;  // with two, registers would spill
+  static constexpr int kBlocks = 1;
   using Element = float;
   using Operand = float;
   using Mma = decltype(cute::make_tiled_mma(cute::UniversalFMA<float, float, float>{}, Layout<Shape<_16, _16, _1>>{}));

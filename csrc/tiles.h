@@ -72,14 +72,15 @@ int64_t weight_gradient_tiles(const Gather& g) {
 // partial sums in the workspace, which are then added in order.
 constexpr int kTilesWanted = 264;      // two for each multiprocessor of an H100
 constexpr int64_t kLeastSlice = 2048;  // positions
+constexpr int64_t kMostSlice = 1 << 30;  // so that they are counted in 32 bits
 
 template <class Table>
 int weight_gradient_slices(const Gather& g, Size size) {
   int64_t tiles = 0;
   with_tile<Table>(size, [&](auto* tile) { tiles = weight_gradient_tiles<std::remove_pointer_t<decltype(tile)>>(g); });
-  int64_t slices = kTilesWanted / tiles, most = g.rows() / kLeastSlice;
-  slices = slices < most ? slices : most;
-  return slices < 1 ? 1 : static_cast<int>(slices);
+  int64_t least = ceil_div(g.rows(), kMostSlice), most = g.rows() / kLeastSlice;
+  int64_t slices = kTilesWanted / tiles < most ? kTilesWanted / tiles : most;
+  return static_cast<int>(slices > least ? slices : least > 1 ? least : 1);
 }
 
 // A whole number of tiles' depths.
