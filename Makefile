@@ -51,7 +51,8 @@ cuda: $(READY)
 sanitize: $(READY)
 	for tool in memcheck initcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
-			$(RUN)python -m pytest -m cuda tests/kernels/test_cuda.py -k "0004frames" || exit 1; \
+			$(RUN)python -m pytest -m cuda tests/kernels/test_cuda.py tests/kernels/test_cuda_causal_conv3d.py \
+			-k "0004frames or (against_float64 and (latents or patches or odd))" || exit 1; \
 	done
 
 # vmae_kernels as a kernel of Hugging Face's Hub, in build/hub.
