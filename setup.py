@@ -24,7 +24,11 @@ if MODE not in ("auto", "cpu", "force", "skip"):
     sys.exit(f"VMAE_BUILD: expected auto, cpu, force or skip, got {MODE!r}")
 TARGET = {"auto": "cuda" if build.nvcc() else None, "cpu": "cpu", "force": "cuda", "skip": None}[MODE]
 # Of an isolated build; one with --no-build-isolation has to bring them.
-NEEDS = {None: [], "cpu": ["torch>=2.10", "ninja"], "cuda": ["torch>=2.10", "ninja", "nvidia-cutlass>=4.2"]}[TARGET]
+NEEDS = {
+    None: [],
+    "cpu": ["torch>=2.10", "ninja"],
+    "cuda": ["torch>=2.10", "ninja", "nvidia-cutlass>=4.2", "pybind11>=2.12"],
+}[TARGET]
 
 
 def say(line: str) -> None:
@@ -33,26 +37,24 @@ def say(line: str) -> None:
 
 
 class BuildExtension(build_ext):
-    def get_ext_filename(self, fullname: str) -> str:
-        return f"{fullname.replace('.', '/')}.so"  # no Python in it, hence none in its name
+    """One build makes both: the library, and the module that tells of its kernels where pybind11 is at hand."""
 
-    def build_extension(self, extension: Extension) -> None:
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"vmae_kernels/{fullname.rpartition('.')[2]}"
+
+    def build_extensions(self) -> None:
         try:
-            library = build.build(TARGET, Path(self.build_temp).resolve())
+            build.build(TARGET, Path(self.build_temp).resolve())
         except build.Impossible as reason:
             if MODE != "auto":
                 raise SystemExit(f"VMAE_BUILD={MODE}: cannot build the extension: {reason}") from None
             say(f"without the compiled extension, which could not be built: {reason}")
-            extension.optional = True
-            return
-        target = Path(self.get_ext_fullpath(extension.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(library), str(target))
-
-    def copy_extensions_to_source(self) -> None:  # of an editable install
+        built = [name for name in (build.LIBRARY, build.OCCUPANCY) if (Path(self.build_temp) / name).exists()]
+        self.extensions = [Extension(f"vmae_kernels.{name}", []) for name in built]
         for extension in self.extensions:
-            if not getattr(extension, "optional", False):
-                super().copy_extensions_to_source()
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(Path(self.build_temp) / target.name), str(target))
 
 
 class Wheel(bdist_wheel):

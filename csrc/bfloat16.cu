@@ -1,5 +1,5 @@
 #include "launch.cuh"
 
 namespace vmae {
-VMAE_INSTANTIATE(Bfloat16);
-}
+VMAE_INSTANTIATE(Bfloat16)
+}  // namespace vmae

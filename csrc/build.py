@@ -15,11 +15,13 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 LIBRARY = "libvmae_csrc.so"
+OCCUPANCY = f"_csrc_occupancy{sysconfig.get_config_var('EXT_SUFFIX')}"
 HOST_SOURCES = ("ops.cpp",)
 CUDA_SOURCES = ("cuda_ops.cpp", "bfloat16.cu", "float16.cu", "tensor_float32.cu", "exact_float32.cu")
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
@@ -74,8 +76,8 @@ def _ninja_file(target: str) -> str:
             "architectures": [flag.rpartition("=")[2] for flag in architectures],
         }
         sources += CUDA_SOURCES
-        if any("90a" in flag for flag in architectures):
-            architectures.append("-DVMAE_SM90A")  # wgmma may be launched
+        if "sm_90a" in facts["architectures"]:
+            flags += " -DVMAE_SM90A"  # kernels with wgmma may be launched
         rules.append(
             f"{compiler} -ccbin {cxx} -std=c++20 -Xcompiler=-fPIC,-fvisibility=hidden --expt-relaxed-constexpr "
             f"-Xptxas=-v {flags} -I{cutlass} {' '.join(architectures)}"
@@ -99,7 +101,30 @@ def _ninja_file(target: str) -> str:
             literal = json.dumps(json.dumps(facts))
             text.append(f"  defined = '-DVMAE_BUILD_FACTS={literal}'")
     text.append(f"build {LIBRARY}: link {' '.join(objects)}")
+    if target == "cuda":
+        text += _occupancy_module(cxx, Path(compiler))
     return "\n".join(text) + "\n"
+
+
+def _occupancy_module(cxx: str, compiler: Path) -> list[str]:
+    """The optional Python module, where pybind11 and Python's headers are."""
+    pybind11, python = find_spec("pybind11"), Path(sysconfig.get_path("include"))
+    if pybind11 is None or not (python / "Python.h").exists():
+        return []
+    folders = [FOLDER, python, Path(pybind11.submodule_search_locations[0]) / "include"]
+    folders += re.findall(r'-I([^"\s]+)', _dryrun(compiler))
+    include = " ".join(f"-I{folder}" for folder in folders)
+    return [
+        "rule module",
+        f"  command = {cxx} -std=c++20 -O2 -fPIC -fvisibility=hidden -shared {include} $in -o $out -ldl",
+        f"build {OCCUPANCY}: module {FOLDER / 'occupancy.cpp'}",
+    ]
+
+
+def _dryrun(compiler: Path) -> str:
+    """What nvcc would run, with its include folders."""
+    done = subprocess.run([compiler, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    return next((line for line in done.stderr.splitlines() if "INCLUDES=" in line), "")
 
 
 def _folder_of(package: str, below: str, remedy: str) -> Path:

@@ -1,5 +1,7 @@
 // The operations of ops.cpp for CUDA tensors.
+#include <exception>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -105,4 +107,23 @@ STABLE_TORCH_LIBRARY_IMPL(vmae_csrc, CUDA, m) {
   m.impl("convolve", TORCH_BOX(&vmae::convolve_cuda));
   m.impl("input_gradient", TORCH_BOX(&vmae::input_gradient_cuda));
   m.impl("weight_gradient", TORCH_BOX(&vmae::weight_gradient_cuda));
+}
+
+// For occupancy.cpp, which finds it by name: calls `take` with each kernel that runs on the current device; returns
+// the message of what went wrong, or null.
+extern "C" __attribute__((visibility("default"))) const char* vmae_csrc_occupancy(
+    void (*take)(void* context, const vmae::Occupancy& kernel), void* context) {
+  static thread_local std::string message;
+  try {
+    std::vector<vmae::Occupancy> found;
+    vmae::occupancy<vmae::Bfloat16>(found);
+    vmae::occupancy<vmae::Float16>(found);
+    vmae::occupancy<vmae::TensorFloat32>(found);
+    vmae::occupancy<vmae::ExactFloat32>(found);
+    for (const vmae::Occupancy& kernel : found) take(context, kernel);
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+  return nullptr;
 }

@@ -1,5 +1,5 @@
 #include "launch.cuh"
 
 namespace vmae {
-VMAE_INSTANTIATE(ExactFloat32);
-}
+VMAE_INSTANTIATE(ExactFloat32)
+}  // namespace vmae

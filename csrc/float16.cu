@@ -1,5 +1,5 @@
 #include "launch.cuh"
 
 namespace vmae {
-VMAE_INSTANTIATE(Float16);
-}
+VMAE_INSTANTIATE(Float16)
+}  // namespace vmae

@@ -1,6 +1,9 @@
 // The kernels' launches, which each file of one kind of arithmetic defines.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include <cuda_runtime.h>
 
 #include "geometry.h"
@@ -29,5 +32,16 @@ void weight_gradient(const Problem& problem, const void* video, const void* past
 
 template <class Math>
 int64_t weight_gradient_workspace(const Problem& problem);
+
+// What a kernel takes of a multiprocessor of the current device.
+struct Occupancy {
+  std::string kernel, math;
+  int rows, columns, depth, stages;  // of its tile
+  int registers, local_bytes, shared_bytes, blocks;
+};
+
+// Adds those that run on the current device.
+template <class Math>
+void occupancy(std::vector<Occupancy>& found);
 
 }  // namespace vmae

@@ -128,12 +128,49 @@ void weight_gradient(const Problem& problem, const void* video, const void* past
   check(cudaGetLastError(), "causal_conv3d");
 }
 
-#define VMAE_INSTANTIATE(Math)                                                                                         \
-  template void convolve<Math>(const Problem&, const void*, const void*, const void*, const void*, void*, bool,        \
-                               cudaStream_t);                                                                          \
-  template void input_gradient<Math>(const Problem&, const void*, const void*, void*, void*, cudaStream_t);            \
-  template void weight_gradient<Math>(const Problem&, const void*, const void*, const void*, float*, void*,            \
-                                      cudaStream_t);                                                                   \
-  template int64_t weight_gradient_workspace<Math>(const Problem&)
+template <class Tile, class Kernel>
+void add_occupancy(std::vector<Occupancy>& found, const char* name, const char* math, Kernel* kernel, int shared) {
+  cudaFuncAttributes attributes;
+  int blocks = 0;
+  check(cudaFuncGetAttributes(&attributes, kernel), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared), name);
+  found.push_back({name, math, Tile::kRows, Tile::kColumns, Tile::kDepth, Tile::kStages, attributes.numRegs,
+                   static_cast<int>(attributes.localSizeBytes), shared, blocks});
+}
+
+template <class Math>
+void occupancy(std::vector<Occupancy>& found, const char* math) {
+  with_table<Math>([&](auto* table) {
+    using Table = std::remove_pointer_t<decltype(table)>;
+    auto add = [&](auto* tile) {
+      using Tile = std::remove_pointer_t<decltype(tile)>;
+      add_occupancy<Tile>(found, "convolution", math, convolution_kernel<Math, Tile>,
+                          ConvolutionKernel<Math, Tile>::kSharedBytes);
+    };
+    auto add_gradient = [&](auto* tile) {
+      using Tile = std::remove_pointer_t<decltype(tile)>;
+      add_occupancy<Tile>(found, "weight_gradient", math, weight_gradient_kernel<Math, Tile>,
+                          WeightGradientKernel<Math, Tile>::kSharedBytes);
+    };
+    add(static_cast<typename Table::Wide*>(nullptr));
+    add(static_cast<typename Table::Narrow*>(nullptr));
+    add(static_cast<typename Table::Scalar*>(nullptr));
+    add_gradient(static_cast<typename Table::Wide*>(nullptr));
+    add_gradient(static_cast<typename Table::Scalar*>(nullptr));
+  });
+}
+
+#define VMAE_INSTANTIATE(Math)                                                                                     \
+  template void convolve<Math>(const Problem&, const void*, const void*, const void*, const void*, void*, bool,    \
+                               cudaStream_t);                                                                      \
+  template void input_gradient<Math>(const Problem&, const void*, const void*, void*, void*, cudaStream_t);        \
+  template void weight_gradient<Math>(const Problem&, const void*, const void*, const void*, float*, void*,        \
+                                      cudaStream_t);                                                               \
+  template int64_t weight_gradient_workspace<Math>(const Problem&);                                                \
+  template <>                                                                                                      \
+  void occupancy<Math>(std::vector<Occupancy> & found) {                                                           \
+    occupancy<Math>(found, #Math);                                                                                 \
+  }
 
 }  // namespace vmae

@@ -1,5 +1,5 @@
 #include "launch.cuh"
 
 namespace vmae {
-VMAE_INSTANTIATE(TensorFloat32);
-}
+VMAE_INSTANTIATE(TensorFloat32)
+}  // namespace vmae

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vmae_kernels import _csrc
+
 PACKAGES = ("vmae", "torch", "triton", "av", "numpy", "einops", "safetensors", "huggingface_hub", "transformers")
 
 
@@ -37,8 +39,16 @@ def report() -> dict[str, Any]:
         "kernels": {
             "VMAE_KERNELS": os.environ.get("VMAE_KERNELS", "auto"),
             "CPU": "the PyTorch references",
-            "CUDA": "the Triton kernels where Triton is installed, and PyTorch's convolution",
+            "CUDA": "the Triton kernels where Triton is installed",
+            "causal_conv3d": _csrc.facts().get("missing") or _extension(_csrc.facts()),
         },
+        "convolutions": [
+            {
+                "kernel": f"{kernel['kernel']} {kernel['math']} {' x '.join(map(str, kernel['tile'][:3]))}",
+                **{name: kernel[name] for name in ("registers", "local_bytes", "shared_bytes", "blocks")},
+            }
+            for kernel in _csrc.occupancy()
+        ],
     }
     return facts
 
@@ -55,6 +65,11 @@ def show(facts: dict[str, Any], indent: str = "") -> str:
         else:
             lines.append(f"{indent}{name:<16}  {'not installed' if value is None else value}")
     return "\n".join(lines)
+
+
+def _extension(facts: dict[str, Any]) -> str:
+    cuda = f"CUDA {facts['cuda']} for {', '.join(facts['architectures'])}" if facts["cuda"] else "the CPU alone"
+    return f"the extension, built for {cuda}; AMX {'used' if facts.get('amx') else 'not there'}"
 
 
 def _version(package: str) -> str | None:

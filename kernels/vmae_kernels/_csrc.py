@@ -1,6 +1,7 @@
 """The compiled extension, where it was built: csrc/ of the repository, in PyTorch's stable ABI."""
 
 import functools
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,3 +31,15 @@ def facts() -> dict[str, Any]:
     """What the extension was built with and for, and what it offers here; `missing` says why there is none."""
     problem = _problem()
     return {"missing": problem} if problem else json.loads(ops.facts())
+
+
+def occupancy() -> list[dict[str, Any]]:
+    """The compiled kernels on the current CUDA device: tile, registers, memory and blocks of a multiprocessor.
+
+    Empty where the optional module that tells was not built, or there is no CUDA device.
+    """
+    try:
+        module = importlib.import_module("._csrc_occupancy", __package__)
+    except ImportError:
+        return []
+    return module.occupancy(str(LIBRARY)) if torch.cuda.is_available() and facts().get("cuda") else []
