@@ -479,12 +479,11 @@ def convolution_sizes(x: Tensor, weight: Tensor, stride: Sequence[int]) -> list[
     return [x.shape[0], weight.shape[0], x.shape[2] // stride[0], *space]
 
 
-def _with_past(x: Tensor, cache: Tensor | None, past: int, frames: int) -> Tensor:
-    """The cache, or zeros, and the first `frames` frames of x."""
+def _with_past(x: Tensor, cache: Tensor | None, past: int) -> Tensor:
     if cache is None:
         shape = (*x.shape[:2], past, *x.shape[3:])
         cache = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)).zero_()
-    return torch.cat((cache, x[:, :, :frames]), dim=2)
+    return torch.cat((cache, x), dim=2)
 
 
 def causal_conv3d(
@@ -492,16 +491,12 @@ def causal_conv3d(
 ) -> Tensor:
     layout, results, past = memory_format(x), x.shape[2] // stride[0], weight.shape[2] - stride[0]
     padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
-    convolve = functools.partial(F.conv3d, weight=weight, bias=bias, stride=tuple(stride))
-    if 8 * (past // stride[0]) > results:  # a few frames: copying them takes less time than what is dropped below
-        y = convolve(_with_past(x, cache, past, x.shape[2]), padding=padding)
+    if cache is None and results >= 8 * (past // stride[0]):
+        # PyTorch pads both ends of time. The outputs after the last are dropped, which from some frames on takes less
+        # time and memory than a padded copy of the input.
+        y = F.conv3d(x, weight, bias, tuple(stride), (past, *padding[1:]))[:, :, :results]
     else:
-        # PyTorch pads both ends of time. The outputs after the last are dropped, which takes less time and memory than
-        # a padded copy of the input; those that see the cache are made again.
-        y = convolve(x, padding=(past, *padding[1:]))[:, :, :results]
-        seen = -(-past // stride[0])
-        if cache is not None and seen:
-            y[:, :, :seen] = convolve(_with_past(x, cache, past, seen * stride[0]), padding=padding)
+        y = F.conv3d(_with_past(x, cache, past), weight, bias, tuple(stride), padding)
     y = y.contiguous(memory_format=layout)
     return F.silu(y, inplace=True) if silu else y
 
@@ -520,19 +515,9 @@ def causal_conv3d_input_gradient(
 def causal_conv3d_weight_gradient(
     x: Tensor, cache: Tensor | None, dy: Tensor, kernel: Sequence[int], stride: Sequence[int]
 ) -> Tensor:
-    past = kernel[0] - stride[0]
-    gradient = functools.partial(
-        conv3d_weight,
-        weight_size=(dy.shape[1], x.shape[1], *kernel),
-        stride=tuple(stride),
-        padding=(0, kernel[1] // 2, kernel[2] // 2),
-    )
-    seen, parts = min(-(-past // stride[0]), dy.shape[2]), []  # outputs that see frames before x, and the others
-    if seen:
-        parts.append(gradient(_with_past(x, cache, past, seen * stride[0]), grad_output=dy[:, :, :seen]))
-    if seen < dy.shape[2]:
-        parts.append(gradient(x[:, :, seen * stride[0] - past :], grad_output=dy[:, :, seen:]))
-    return (parts[0] if len(parts) == 1 else parts[0] + parts[1]).contiguous()
+    whole = _with_past(x, cache, kernel[0] - stride[0])
+    shape, padding = (dy.shape[1], x.shape[1], *kernel), (0, kernel[1] // 2, kernel[2] // 2)
+    return conv3d_weight(whole, shape, dy, tuple(stride), padding).contiguous()
 
 
 # --- finite scalar quantization ------------------------------------------------------------------------------------
