@@ -5,11 +5,17 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "amx_conv3d.h"
+
 namespace vmae {
 namespace {
 
-// Of this build, as json.
-std::string facts() { return VMAE_BUILD_FACTS; }
+// Of this build and this processor, as json.
+std::string facts() {
+  std::string built = VMAE_BUILD_FACTS;  // an object
+  built.pop_back();
+  return built + ", \"amx\": " + (amx_available() ? "true}" : "false}");
+}
 
 }  // namespace
 }  // namespace vmae

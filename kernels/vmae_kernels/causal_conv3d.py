@@ -30,9 +30,11 @@ def _why_not(x: Tensor, weight: Tensor | Sequence[int], stride: Sequence[int]) -
     if max(kernel) > 7 or max(stride) > 4:
         return f"kernels of at most 7 and strides of at most 4, got {tuple(kernel)} and {tuple(stride)}"
     if x.is_cpu:
-        if not facts.get("amx"):
+        if not facts["amx"]:
             return "a processor with Intel AMX"
-        return None if x.dtype == torch.bfloat16 else f"bfloat16 on a CPU, got {x.dtype}"
+        if x.dtype != torch.bfloat16:
+            return f"bfloat16 on a CPU, got {x.dtype}"
+        return None if x.shape[0] else "at least one clip on a CPU, got none"
     if not facts["cuda"]:
         return "an extension built for CUDA (VMAE_BUILD=force)"
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):

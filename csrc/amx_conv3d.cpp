@@ -1,0 +1,731 @@
+// Convolutions as products of AMX tiles. A tile holds up to 16 rows of 64 bytes; one instruction adds the product of a
+// left tile, 16 x 32 bfloat16, and a right tile, 32 x 16 with each pair of its rows interleaved, to 16 x 16 fp32.
+//
+// Forward and the input's gradient: tile rows are 16 neighbouring positions of the result's row, the depth is (tap,
+// channel). The kw taps of a channels-last row are adjacent in memory, so a position's left operand is, for each of the
+// kt * kh rows that it meets, one contiguous window of kw * channels numbers, cut into steps of at most 32. Rows come
+// from a scratch that has the zero borders and fits L2; its frames are a ring that consecutive outputs in time share.
+//
+// The weight's gradient: tile rows are output channels, columns are window numbers, the depth is positions. dy is
+// transposed, and x's windows interleaved, into scratch of the same kind.
+#include "amx_conv3d.h"
+
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 11))
+
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "parallel.h"
+
+// For all below, lambdas included; the rest of the build keeps its own -march.
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16")
+#endif
+
+namespace vmae {
+namespace {
+
+constexpr int64_t kRows = 16, kColumns = 16, kDepth = 32;  // of a left tile; a right tile has kDepth x kColumns
+constexpr int64_t kTile = kRows * kColumns;                // fp32 numbers of a result tile
+constexpr int64_t kScratch = 768 << 10;                    // bytes of one thread's scratch rows, beside weights in L2
+constexpr int64_t kJobs = 16;                              // wanted of the weight's gradient, for threads to share
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Uninitialised memory, aligned to cache lines.
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> buffer(int64_t count) {
+  void* p = std::aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(T), 64));
+  if (!p) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T*>(p));
+}
+
+// ---- Tiles ----------------------------------------------------------------------------------------------------------
+
+// GCC's tile intrinsics do not tell it which memory they read: what was written before must not move past this.
+void fence() { asm volatile("" ::: "memory"); }
+
+// The calling thread's tile registers: 0-3 for results, `rows` x 16; 4-5 for left operands, rows x depth; 6-7 for right
+// ones. Released at the end, as oneDNN uses AMX in the same threads.
+class Tiles {
+ public:
+  ~Tiles() { _tile_release(); }
+
+  void configure(int64_t rows, int64_t depth) {
+    if (rows == rows_ && depth == depth_) return;
+    rows_ = rows, depth_ = depth;
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? depth * 2 : kColumns * 4);
+      config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : depth / 2);
+    }
+    asm volatile("" ::"r"(&config) : "memory");
+    _tile_loadconfig(&config);
+  }
+
+ private:
+  int64_t rows_ = 0, depth_ = 0;
+};
+
+template <int M, int N>
+void zero_tiles() {
+  _tile_zero(0);
+  if constexpr (N > 1) _tile_zero(1);
+  if constexpr (M > 1) _tile_zero(2);
+  if constexpr (M > 1 && N > 1) _tile_zero(3);
+}
+
+// Result tile i * N + j is at results + i * row_stride + j * column_stride.
+template <int M, int N>
+void load_tiles(const float* results, int64_t row_stride, int64_t column_stride) {
+  _tile_loadd(0, results, kColumns * 4);
+  if constexpr (N > 1) _tile_loadd(1, results + column_stride, kColumns * 4);
+  if constexpr (M > 1) _tile_loadd(2, results + row_stride, kColumns * 4);
+  if constexpr (M > 1 && N > 1) _tile_loadd(3, results + row_stride + column_stride, kColumns * 4);
+}
+
+template <int M, int N>
+void store_tiles(float* results, int64_t row_stride, int64_t column_stride) {
+  _tile_stored(0, results, kColumns * 4);
+  if constexpr (N > 1) _tile_stored(1, results + column_stride, kColumns * 4);
+  if constexpr (M > 1) _tile_stored(2, results + row_stride, kColumns * 4);
+  if constexpr (M > 1 && N > 1) _tile_stored(3, results + row_stride + column_stride, kColumns * 4);
+}
+
+// Adds M x N tiles of products, one after another in depth. Step s has its left tiles at left0 and left1 + s * left_step
+// elements, with rows left_stride bytes apart, and its right ones at right0 and right1 + s * right_step.
+template <int M, int N>
+inline __attribute__((always_inline)) void multiply(const uint16_t* left0, const uint16_t* left1, int64_t left_stride,
+                                                    int64_t left_step, const uint16_t* right0, const uint16_t* right1,
+                                                    int64_t right_step, int64_t steps) {
+  for (; steps > 0; --steps, left0 += left_step, left1 += left_step, right0 += right_step, right1 += right_step) {
+    _tile_loadd(4, left0, left_stride);
+    _tile_loadd(6, right0, kColumns * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (N > 1) {
+      _tile_loadd(7, right1, kColumns * 4);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (M > 1) {
+      _tile_loadd(5, left1, left_stride);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// ---- Vectors --------------------------------------------------------------------------------------------------------
+
+__mmask16 first16(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
+__mmask32 first32(int64_t count) { return static_cast<__mmask32>((1ull << std::clamp<int64_t>(count, 0, 32)) - 1); }
+
+__m256i load16(const uint16_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+
+// a0 b0 a1 b1 ...: a row of a right tile.
+__m512i interleave(__m256i a, __m256i b) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+}
+
+// The 16 x 16 transpose of 32-bit numbers, in place.
+void transpose(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  // Now r[4 a + c] has, in its 128-bit lane l, rows 4 a to 4 a + 3 of column 4 l + c.
+  for (int c = 0; c < 4; ++c) {
+    __m512i low01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xee);
+    __m512i low23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x44);
+    __m512i high23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xee);
+    t[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    t[4 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    t[8 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    t[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+__m512 to_float(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+// x / (1 + exp(-x)), exp to about one unit in the last place: 2^n * a polynomial on half a binade about 1.
+__m512 silu(__m512 x) {
+  // min and max return their second operand where one is NaN; exp(104) is already infinite.
+  __m512 y = _mm512_min_ps(_mm512_set1_ps(104.f), _mm512_sub_ps(_mm512_setzero_ps(), x));
+  y = _mm512_max_ps(_mm512_set1_ps(-104.f), y);
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), y);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  __m512 e = _mm512_set1_ps(1.f / 720);
+  for (float factor : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f})
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(factor));
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.f), _mm512_scalef_ps(e, n)));
+}
+
+// ---- Forward and the input's gradient -------------------------------------------------------------------------------
+
+// Time, height or width: tap j of result i is source position i * step + start + j and kernel index j * tap_step +
+// tap_start; the result's position is i * result_step + result_start.
+struct Axis {
+  int64_t count, taps, step, start, tap_step, tap_start, result_step, result_start;
+};
+
+Axis forward_axis(int64_t results, int64_t kernel, int64_t stride, int64_t padding) {
+  return {results, kernel, stride, -padding, 1, 0, 1, 0};
+}
+
+// The gradient at inputs first..inputs-1 that are `phase` modulo the stride, counted from the padding's edge: they meet
+// every stride-th tap, in reverse, and for those it is a convolution of stride 1 over dy.
+Axis gradient_axis(int64_t inputs, int64_t kernel, int64_t stride, int64_t padding, int64_t phase, int64_t first) {
+  int64_t taps = phase < kernel ? ceil_div(kernel - phase, stride) : 0;
+  int64_t skipped = ceil_div(std::max<int64_t>(first + padding - phase, 0), stride);
+  int64_t last = inputs - 1 + padding - phase;
+  int64_t count = last < 0 ? 0 : std::max<int64_t>(last / stride + 1 - skipped, 0);
+  return {count, taps, 1, skipped - (taps - 1), -stride, phase + (taps - 1) * stride, stride,
+          phase + skipped * stride - padding};
+}
+
+// A channels-last video in two parts, `head` (the cache: frames before frame 0; may be null) and `body`.
+template <class T>
+struct Video {
+  T *body, *head;
+  int64_t frames, head_frames, height, width, channels;
+
+  T* frame(int64_t batch, int64_t t) const {  // null outside
+    int64_t size = height * width * channels;
+    if (t >= 0) return t < frames ? body + (batch * frames + t) * size : nullptr;
+    return head && t >= -head_frames ? head + (batch * head_frames + head_frames + t) * size : nullptr;
+  }
+};
+
+struct Convolution {
+  Axis time, height, width;
+  int64_t batch;
+  Video<const uint16_t> source;
+  Video<uint16_t> result;
+  const uint16_t* weight;
+  int64_t result_stride, source_stride, tap_strides[3];  // of the weight, in elements, by channel and tap
+  const uint16_t* bias;
+  bool silu;
+};
+
+// How a window, taps * channels, is cut into steps of equal depth. Both are even; channels are padded to `pitch`.
+struct Window {
+  int64_t pitch, depth, steps;
+};
+
+Window cut_window(int64_t channels, int64_t taps) {
+  int64_t parts = ceil_div(channels, kDepth), depth = round_up(ceil_div(channels, parts), 2);
+  Window best{parts * depth, depth, taps * parts};  // each tap by itself
+  for (int64_t pitch = round_up(channels, 2); pitch < channels + kDepth; pitch += 2)
+    for (int64_t steps = ceil_div(taps * pitch, kDepth); steps < best.steps; ++steps)
+      if (taps * pitch % (2 * steps) == 0) best = {pitch, taps * pitch / steps, steps};
+  return best;
+}
+
+// The weight as right tiles: [pair of 16 result channels][kt][kh][step][each of the pair][depth / 2][16][2].
+Buffer<uint16_t> pack_weight(const Convolution& c, const Window& window) {
+  int64_t tiles = ceil_div(c.result.channels, kColumns), size = window.depth * kColumns;
+  int64_t taps = c.time.taps * c.height.taps;
+  Buffer<uint16_t> packed = buffer<uint16_t>(tiles * taps * window.steps * size);
+  bool contiguous = window.pitch == c.source.channels && c.source_stride == 1 && c.width.tap_step == 1;
+  parallel(tiles, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      int64_t pair = tile / 2, width = std::min<int64_t>(2, tiles - pair * 2), columns = c.result.channels - tile * 16;
+      uint16_t* to = packed.get() + pair * 2 * taps * window.steps * size + tile % 2 * size;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t r = c.time.tap_start + tap / c.height.taps * c.time.tap_step;
+        const int64_t u = c.height.tap_start + tap % c.height.taps * c.height.tap_step;
+        const uint16_t* from =
+            c.weight + tile * kColumns * c.result_stride + r * c.tap_strides[0] + u * c.tap_strides[1];
+        for (int64_t first = 0; first < window.steps * window.depth; first += window.depth) {
+          auto number = [&](int64_t k) -> const uint16_t* {  // null: padding
+            int64_t v = k / window.pitch, channel = k % window.pitch;
+            if (channel >= c.source.channels) return nullptr;
+            return from + (c.width.tap_start + v * c.width.tap_step) * c.tap_strides[2] + channel * c.source_stride;
+          };
+          if (c.result_stride == 1) {
+            for (int64_t k = 0; k < window.depth; k += 2) {
+              const uint16_t *a = number(first + k), *b = number(first + k + 1);
+              __m256i row0 = _mm256_maskz_loadu_epi16(a ? first16(columns) : 0, a);
+              __m256i row1 = _mm256_maskz_loadu_epi16(b ? first16(columns) : 0, b);
+              _mm512_storeu_si512(to + k * kColumns, interleave(row0, row1));
+            }
+          } else {
+            __m512i rows[16];
+            for (int64_t n = 0; n < kColumns; ++n) {
+              if (contiguous) {
+                rows[n] = _mm512_maskz_loadu_epi16(n < columns ? first32(window.depth) : 0,
+                                                   from + n * c.result_stride + first);
+              } else {
+                alignas(64) uint16_t line[kDepth] = {};
+                for (int64_t k = 0; k < window.depth && n < columns; ++k)
+                  if (const uint16_t* x = number(first + k)) line[k] = x[n * c.result_stride];
+                rows[n] = _mm512_load_si512(line);
+              }
+            }
+            transpose(rows);
+            for (int64_t k = 0; k < window.depth; k += 2) _mm512_storeu_si512(to + k * kColumns, rows[k / 2]);
+          }
+          to += width * size;
+        }
+      }
+    }
+  });
+  return packed;
+}
+
+// Positions start, start + 1, ... of a row of `width` positions, zeros outside; each padded with zeros to `pitch`.
+// row null: zeros.
+void copy_row(uint16_t* to, int64_t count, int64_t pitch, const uint16_t* row, int64_t start, int64_t width,
+              int64_t channels) {
+  int64_t begin = std::clamp<int64_t>(-start, 0, count);
+  int64_t end = row ? std::clamp<int64_t>(width - start, begin, count) : begin;
+  std::memset(to, 0, begin * pitch * sizeof(*to));
+  if (pitch == channels) {
+    if (begin < end)
+      std::memcpy(to + begin * pitch, row + (begin + start) * channels, (end - begin) * pitch * sizeof(*to));
+  } else {
+    for (int64_t i = begin; i < end; ++i) {
+      std::memcpy(to + i * pitch, row + (i + start) * channels, channels * sizeof(*to));
+      std::memset(to + i * pitch + channels, 0, (pitch - channels) * sizeof(*to));
+    }
+  }
+  std::memset(to + end * pitch, 0, (count - end) * pitch * sizeof(*to));
+}
+
+// One position's sums of up to 32 channels, to bfloat16.
+void write_position(const Convolution& c, const float* low, const float* high, int64_t channel, uint16_t* to) {
+  __mmask32 mask = first32(c.result.channels - channel);
+  __m512 sum0 = _mm512_loadu_ps(low), sum1 = high ? _mm512_loadu_ps(high) : _mm512_setzero_ps();
+  if (c.bias) {
+    __m512i bias = _mm512_maskz_loadu_epi16(mask, c.bias + channel);
+    sum0 = _mm512_add_ps(sum0, to_float(_mm512_castsi512_si256(bias)));
+    sum1 = _mm512_add_ps(sum1, to_float(_mm512_extracti64x4_epi64(bias, 1)));
+  }
+  if (c.silu) sum0 = silu(sum0), sum1 = silu(sum1);
+  _mm512_mask_storeu_epi16(to + channel, mask, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(sum1, sum0)));
+}
+
+void convolve(const Convolution& c) {
+  const int64_t channels = c.result.channels, tiles = ceil_div(channels, kColumns);
+  const int64_t height = c.height.count, width = c.width.count, frames = c.time.count;
+  if (height == 0 || width == 0 || frames == 0) return;
+  const Window window = cut_window(c.source.channels, c.width.taps);
+  const int64_t size = window.depth * kColumns, ring = c.time.taps;
+  const Buffer<uint16_t> weight = pack_weight(c, window);
+
+  // A row's positions are shared evenly among its tiles, whose cost is by the row; the last one may begin earlier.
+  const int64_t across = ceil_div(width, kRows), rows = ceil_div(width, across);
+  const int64_t positions = (width - 1) * c.width.step + c.width.taps, row_size = positions * window.pitch;
+  // A unit of work is some rows of one frame. Its scratch fits the budget, and there are enough of them.
+  auto scratch_rows = [&](int64_t results) { return (results - 1) * c.height.step + c.height.taps; };
+  int64_t block = height, parts = 1;
+  while (block > 2 && (ring * scratch_rows(block) * row_size * 2 > kScratch ||
+                       c.batch * frames * ceil_div(height, block) < 8 * threads()))
+    block = round_up(ceil_div(height, ++parts), 2);
+  const int64_t blocks = ceil_div(height, block), frame_size = scratch_rows(block) * row_size;
+
+  parallel(c.batch * blocks * frames, [&](int64_t first_unit, int64_t end_unit) {
+    Tiles registers;
+    registers.configure(rows, window.depth);
+    Buffer<uint16_t> scratch = buffer<uint16_t>(ring * frame_size);
+    int current = 0;
+    std::vector<int64_t> held(ring), taps;  // the ring's frames; the time taps that meet a frame
+    alignas(64) float sums[2][4 * kTile];
+    // The last tile's sums are written while the next one's products run.
+    struct {
+      const float* sums;
+      uint16_t* to;
+      int64_t channel, columns, next, count;
+    } pending{};
+    auto write = [&](int64_t most) {
+      for (; most > 0 && pending.next < pending.count; --most, ++pending.next) {
+        const int64_t m = pending.next / rows, n = pending.next % rows;
+        const float* sum = pending.sums + m * pending.columns * kTile + n * kColumns;
+        write_position(c, sum, pending.columns > 1 ? sum + kTile : nullptr, pending.channel,
+                       pending.to + (m * c.height.result_step * c.result.width + n * c.width.result_step) * channels);
+      }
+    };
+
+    for (int64_t unit = first_unit; unit < end_unit; ++unit) {
+      const int64_t i = unit % frames, first_row = unit / frames % blocks * block, batch = unit / frames / blocks;
+      const int64_t results = std::min(block, height - first_row);
+      const int64_t start = i * c.time.step + c.time.start;
+      auto slot = [&](int64_t r) { return ((start + r) % ring + ring) % ring; };
+      if (unit == first_unit || i == 0) std::fill(held.begin(), held.end(), INT64_MIN);
+      taps.clear();
+      for (int64_t r = 0; r < ring; ++r) {
+        const uint16_t* frame = c.source.frame(batch, start + r);
+        if (!frame) continue;
+        taps.push_back(r);
+        if (held[slot(r)] == start + r) continue;
+        held[slot(r)] = start + r;
+        for (int64_t row = 0; row < scratch_rows(results); ++row) {
+          int64_t h = first_row * c.height.step + c.height.start + row;
+          bool inside = h >= 0 && h < c.source.height;
+          copy_row(scratch.get() + slot(r) * frame_size + row * row_size, positions, window.pitch,
+                   inside ? frame + h * c.source.width * c.source.channels : nullptr, c.width.start, c.source.width,
+                   c.source.channels);
+        }
+      }
+      fence();
+
+      const int64_t share = ceil_div(2 * rows, std::max<int64_t>(taps.size() * c.height.taps, 1));
+      uint16_t* frame = c.result.frame(batch, i * c.time.result_step + c.time.result_start);
+      // M rows of the result x N tiles of channels.
+      auto tile = [&]<int M, int N>(int64_t pair, int64_t row, int64_t column) {
+        const uint16_t* right = weight.get() + pair * 2 * ring * c.height.taps * window.steps * size;
+        const uint16_t* left = scratch.get() + row * c.height.step * row_size + column * c.width.step * window.pitch;
+        const int64_t right_size = N * window.steps * size;
+        zero_tiles<M, N>();
+        for (int64_t r : taps) {
+          for (int64_t u = 0; u < c.height.taps; ++u) {
+            const uint16_t* left0 = left + slot(r) * frame_size + u * row_size;
+            const uint16_t* right0 = right + (r * c.height.taps + u) * right_size;
+            multiply<M, N>(left0, left0 + c.height.step * row_size, c.width.step * window.pitch * 2, window.depth,
+                           right0, right0 + size, N * size, window.steps);
+            write(share);
+          }
+        }
+        write(2 * rows);
+        current ^= 1;
+        store_tiles<M, N>(sums[current], N * kTile, kTile);
+        int64_t h = (first_row + row) * c.height.result_step + c.height.result_start;
+        int64_t w = column * c.width.result_step + c.width.result_start;
+        pending = {sums[current], frame + (h * c.result.width + w) * channels, pair * 2 * kColumns, N, 0, M * rows};
+      };
+      for (int64_t pair = 0; pair * 2 < tiles; ++pair) {
+        for (int64_t t = 0; t < across; ++t) {
+          const int64_t column = std::min(t * rows, width - rows);
+          for (int64_t row = 0; row < results; row += 2) {  // two rows: they share all but one of the rows they read
+            bool two_rows = row + 1 < results, two_tiles = pair * 2 + 1 < tiles;
+            if (two_rows && two_tiles) tile.template operator()<2, 2>(pair, row, column);
+            else if (two_rows) tile.template operator()<2, 1>(pair, row, column);
+            else if (two_tiles) tile.template operator()<1, 2>(pair, row, column);
+            else tile.template operator()<1, 1>(pair, row, column);
+          }
+        }
+      }
+    }
+    write(2 * rows);
+  });
+}
+
+// ---- The weight's gradient ------------------------------------------------------------------------------------------
+
+// Pairs of positions, cut into steps of equal depth.
+struct Cut {
+  int64_t steps, pairs;  // pairs of one step
+};
+
+Cut cut_pairs(int64_t pairs) {
+  int64_t steps = ceil_div(pairs, kDepth / 2);
+  while (pairs % steps) ++steps;
+  return {steps, pairs / steps};
+}
+
+// How many rows of the result are one sum between loading and storing the results' tiles: few steps, few loads, few
+// rows of x that two blocks both need.
+int64_t choose_rows(int64_t height, int64_t pairs, int64_t overlap, int64_t limit) {
+  int64_t best = 1;
+  double best_cost = 1e30;
+  for (int64_t rows = 1; rows <= std::min(height, limit); ++rows) {
+    int64_t rest = height % rows, blocks = ceil_div(height, rows);
+    double steps = static_cast<double>(height / rows * cut_pairs(rows * pairs).steps);
+    if (rest) steps += static_cast<double>(cut_pairs(rest * pairs).steps);
+    double cost = steps * (1 + 0.1 * static_cast<double>(overlap) / static_cast<double>(rows)) + 1.5 * blocks;
+    if (cost < best_cost) best = rows, best_cost = cost;
+  }
+  return best;
+}
+
+void sum_weight_gradient(const AmxConvolution& sizes, const Video<const uint16_t>& x, const Video<const uint16_t>& dy,
+                         uint16_t* dweight) {
+  const int64_t kt = sizes.kernel[0], kh = sizes.kernel[1], kw = sizes.kernel[2];
+  const int64_t st = sizes.stride[0], sh = sizes.stride[1], sw = sizes.stride[2];
+  const int64_t outputs = sizes.outputs, window = kw * sizes.channels, line = sizes.width * sizes.channels;
+  const int64_t height = dy.height, width = dy.width, frames = dy.frames, pairs = ceil_div(width, 2);
+
+  // A job is some tiles of output channels x some tiles of the window, for all kt * kh taps, over one segment of the
+  // positions; a unit of its positions is some rows of one frame.
+  const int64_t all_lefts = ceil_div(outputs, kRows), left_rows = ceil_div(outputs, all_lefts);
+  const int64_t left_jobs = ceil_div(all_lefts, 4), lefts = ceil_div(all_lefts, left_jobs);
+  const int64_t all_rights = ceil_div(window, kColumns), right_jobs = ceil_div(all_rights, 12);
+  const int64_t rights = ceil_div(all_rights, right_jobs);
+  const int64_t overlap = (kh - 1) / sh, line_size = pairs * 2 * kColumns;  // of one row in one right tile's columns
+  const int64_t limit = std::min(kScratch / (kt * sh * rights * line_size * 2) - overlap, 1024 / (pairs * 2));
+  const int64_t block = choose_rows(height, pairs, overlap, std::max<int64_t>(limit, 1));
+  const int64_t blocks = ceil_div(height, block), units = sizes.batch * blocks * frames;
+  const int64_t phase_size = (block + overlap) * line_size, right_size = sh * phase_size;
+  const int64_t frame_size = rights * right_size;
+  const int64_t jobs = left_jobs * right_jobs;
+  const int64_t segments = std::clamp<int64_t>(ceil_div(kJobs, jobs), 1, units);
+  const int64_t tiles = kt * kh * rights * lefts;  // of a job's sums
+  Buffer<float> partial = buffer<float>(segments > 1 ? segments * outputs * kt * kh * window : 0);
+
+  parallel(jobs * segments, [&](int64_t first_job, int64_t end_job) {
+    Tiles registers;
+    Buffer<uint16_t> x_scratch = buffer<uint16_t>(kt * frame_size);  // [ring][right][row mod sh][row / sh][pair][16][2]
+    Buffer<uint16_t> dy_scratch = buffer<uint16_t>((block * pairs + kDepth) * lefts * left_rows * kDepth);
+    Buffer<float> sums = buffer<float>(tiles * kTile);  // [kt][kh][right][left][16][16]
+    std::vector<int64_t> held(kt);
+
+    for (int64_t job = first_job; job < end_job; ++job) {
+      const int64_t segment = job % segments, part = job / segments;
+      const int64_t first_left = part % left_jobs * lefts, first_right = part / left_jobs * rights;
+      const int64_t m = std::min(lefts, all_lefts - first_left), n = std::min(rights, all_rights - first_right);
+      const int64_t first_unit = units * segment / segments, end_unit = units * (segment + 1) / segments;
+      std::memset(sums.get(), 0, tiles * kTile * sizeof(float));
+
+      for (int64_t unit = first_unit; unit < end_unit; ++unit) {
+        const int64_t z = unit % frames, first_row = unit / frames % blocks * block, batch = unit / frames / blocks;
+        const int64_t rows = std::min(block, height - first_row);
+        const Cut cut = cut_pairs(rows * pairs);
+        const int64_t left_size = left_rows * kDepth, start = z * st - (kt - st);
+        auto slot = [&](int64_t r) { return ((start + r) % kt + kt) % kt; };
+        if (unit == first_unit || z == 0) std::fill(held.begin(), held.end(), INT64_MIN);
+
+        // dy as left tiles, [step][left][left_rows][32].
+        const uint16_t* dy_rows = dy.frame(batch, z) + first_row * width * outputs;
+        const uint16_t* position = dy_rows;  // the first of the next pair's
+        for (int64_t s = 0, q = 0; s < cut.steps; ++s) {
+          const uint16_t* at[kDepth / 2];
+          bool both[kDepth / 2];  // positions of the pair are in the row
+          for (int64_t i = 0; i < cut.pairs; ++i) {
+            at[i] = position, both[i] = q + 1 < width;
+            position += both[i] ? 2 * outputs : outputs;
+            q = q + 2 < width ? q + 2 : 0;
+          }
+          for (int64_t left = 0; left < m; ++left) {
+            const int64_t channel = (first_left + left) * left_rows;
+            const __mmask16 mask = first16(std::min(left_rows, outputs - channel));
+            __m512i t[16];
+            for (int64_t i = 0; i < 16; ++i) {
+              if (i < cut.pairs)
+                t[i] = interleave(_mm256_maskz_loadu_epi16(mask, at[i] + channel),
+                                  _mm256_maskz_loadu_epi16(both[i] ? mask : 0, at[i] + channel + outputs));
+              else
+                t[i] = _mm512_setzero_si512();
+            }
+            transpose(t);
+            uint16_t* to = dy_scratch.get() + (s * m + left) * left_size;
+            for (int64_t i = 0; i < left_rows; ++i) _mm512_store_si512(to + i * kDepth, t[i]);
+          }
+        }
+
+        for (int64_t r = 0; r < kt; ++r) {  // x as right tiles
+          const uint16_t* frame = x.frame(batch, start + r);
+          if (!frame || held[slot(r)] == start + r) continue;
+          held[slot(r)] = start + r;
+          for (int64_t row = 0; row < (rows - 1) * sh + kh; ++row) {
+            const int64_t h = first_row * sh - kh / 2 + row;
+            uint16_t* to = x_scratch.get() + slot(r) * frame_size + row % sh * phase_size + row / sh * line_size;
+            // Numbers at, ..., at + 15 of the image's row; zeros outside.
+            auto numbers = [&](int64_t at, bool inside) {
+              __mmask16 mask = static_cast<__mmask16>(first16(line - at) & ~first16(-at));
+              return _mm256_maskz_loadu_epi16(inside ? mask : 0, frame + h * line + at);
+            };
+            const bool inside = h >= 0 && h < sizes.height;
+            const int64_t next = sw * sizes.channels;
+            for (int64_t q = 0; q < width; q += 2, to += 2 * kColumns) {
+              const int64_t at = (q * sw - kw / 2) * sizes.channels + first_right * kColumns;
+              if (inside && q + 1 < width && at >= 0 && at + next + n * kColumns <= line) {
+                for (int64_t j = 0; j < n; ++j) {
+                  const uint16_t* from = frame + h * line + at + j * kColumns;
+                  _mm512_store_si512(to + j * right_size, interleave(load16(from), load16(from + next)));
+                }
+              } else {
+                for (int64_t j = 0; j < n; ++j)
+                  _mm512_store_si512(to + j * right_size,
+                                     interleave(numbers(at + j * kColumns, inside),
+                                                numbers(at + j * kColumns + next, inside && q + 1 < width)));
+              }
+            }
+          }
+        }
+        fence();
+
+        registers.configure(left_rows, cut.pairs * 2);
+        auto tile = [&]<int M, int N>(float* sum, const uint16_t* left, const uint16_t* right) {
+          load_tiles<M, N>(sum, kTile, lefts * kTile);
+          multiply<M, N>(left, left + left_size, kDepth * 2, m * left_size, right, right + right_size,
+                         cut.pairs * 2 * kColumns, cut.steps);
+          store_tiles<M, N>(sum, kTile, lefts * kTile);
+        };
+        for (int64_t r = 0; r < kt; ++r) {
+          if (!x.frame(batch, start + r)) continue;
+          for (int64_t u = 0; u < kh; ++u) {
+            for (int64_t j = 0; j < n; j += 2) {
+              const uint16_t* right = x_scratch.get() + slot(r) * frame_size + j * right_size + u % sh * phase_size +
+                                      u / sh * line_size;
+              for (int64_t i = 0; i < m; i += 2) {
+                float* sum = sums.get() + (((r * kh + u) * rights + j) * lefts + i) * kTile;
+                const uint16_t* left = dy_scratch.get() + i * left_size;
+                if (i + 1 < m && j + 1 < n) tile.template operator()<2, 2>(sum, left, right);
+                else if (i + 1 < m) tile.template operator()<2, 1>(sum, left, right);
+                else if (j + 1 < n) tile.template operator()<1, 2>(sum, left, right);
+                else tile.template operator()<1, 1>(sum, left, right);
+              }
+            }
+          }
+        }
+      }
+
+      for (int64_t tap = 0; tap < kt * kh; ++tap) {
+        for (int64_t i = 0; i < m * left_rows; ++i) {
+          const int64_t output = first_left * left_rows + i;
+          if (output >= outputs) break;
+          for (int64_t j = 0; j < n; ++j) {
+            const int64_t column = (first_right + j) * kColumns, at = (output * kt * kh + tap) * window + column;
+            __m512 sum = _mm512_loadu_ps(sums.get() + ((tap * rights + j) * lefts + i / left_rows) * kTile +
+                                         i % left_rows * kColumns);
+            __mmask16 mask = first16(window - column);
+            if (segments > 1)
+              _mm512_mask_storeu_ps(partial.get() + segment * outputs * kt * kh * window + at, mask, sum);
+            else
+              _mm256_mask_storeu_epi16(dweight + at, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
+          }
+        }
+      }
+    }
+  });
+
+  if (segments == 1) return;
+  const int64_t total = outputs * kt * kh * window;
+  parallel(ceil_div(total, kTile), [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin * kTile; at < std::min(end * kTile, total); at += 16) {
+      __mmask16 mask = first16(total - at);
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t s = 0; s < segments; ++s)
+        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, partial.get() + s * total + at));
+      _mm256_mask_storeu_epi16(dweight + at, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
+    }
+  });
+}
+
+}  // namespace
+
+void amx_forward(const AmxConvolution& s, const uint16_t* x, const uint16_t* cache, const uint16_t* weight,
+                 const uint16_t* bias, bool silu, uint16_t* y) {
+  const int64_t kh = s.kernel[1], kw = s.kernel[2];
+  Convolution c{};
+  c.time = forward_axis(s.output_frames(), s.kernel[0], s.stride[0], s.cache_frames());
+  c.height = forward_axis(s.output_height(), kh, s.stride[1], kh / 2);
+  c.width = forward_axis(s.output_width(), kw, s.stride[2], kw / 2);
+  c.batch = s.batch;
+  c.source = {x, cache, s.frames, s.cache_frames(), s.height, s.width, s.channels};
+  c.result = {y, nullptr, s.output_frames(), 0, s.output_height(), s.output_width(), s.outputs};
+  c.weight = weight, c.bias = bias, c.silu = silu;
+  c.result_stride = s.kernel[0] * kh * kw * s.channels, c.source_stride = 1;
+  c.tap_strides[0] = kh * kw * s.channels, c.tap_strides[1] = kw * s.channels, c.tap_strides[2] = s.channels;
+  convolve(c);
+}
+
+void amx_input_gradient(const AmxConvolution& s, const uint16_t* dy, const uint16_t* weight, uint16_t* dx,
+                        uint16_t* dcache) {
+  const int64_t kh = s.kernel[1], kw = s.kernel[2], past = s.cache_frames();
+  Convolution c{};
+  c.batch = s.batch;
+  c.source = {dy, nullptr, s.output_frames(), 0, s.output_height(), s.output_width(), s.outputs};
+  c.result = {dx, dcache, s.frames, past, s.height, s.width, s.channels};
+  c.weight = weight;
+  c.result_stride = 1, c.source_stride = s.kernel[0] * kh * kw * s.channels;
+  c.tap_strides[0] = kh * kw * s.channels, c.tap_strides[1] = kw * s.channels, c.tap_strides[2] = s.channels;
+  for (int64_t t = 0; t < s.stride[0]; ++t)
+    for (int64_t h = 0; h < s.stride[1]; ++h)
+      for (int64_t w = 0; w < s.stride[2]; ++w) {
+        c.time = gradient_axis(s.frames, s.kernel[0], s.stride[0], past, t, dcache ? -past : 0);
+        c.height = gradient_axis(s.height, kh, s.stride[1], kh / 2, h, 0);
+        c.width = gradient_axis(s.width, kw, s.stride[2], kw / 2, w, 0);
+        convolve(c);
+      }
+}
+
+void amx_weight_gradient(const AmxConvolution& s, const uint16_t* x, const uint16_t* cache, const uint16_t* dy,
+                         uint16_t* dweight) {
+  sum_weight_gradient(s, {x, cache, s.frames, s.cache_frames(), s.height, s.width, s.channels},
+                      {dy, nullptr, s.output_frames(), 0, s.output_height(), s.output_width(), s.outputs}, dweight);
+}
+
+}  // namespace vmae
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace vmae {
+
+bool amx_available() {
+  static const bool available = [] {
+    unsigned a, b, c, d;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
+    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return false;  // and the system's
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;                  // AVX512-BF16
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return available;
+}
+
+bool amx_supported(const AmxConvolution& s) {
+  for (int i = 0; i < 3; ++i)
+    if (s.kernel[i] < 1 || s.kernel[i] > 7 || s.stride[i] < 1 || s.stride[i] > 4) return false;
+  return s.batch > 0 && s.channels > 0 && s.outputs > 0 && s.frames > 0 && s.frames % s.stride[0] == 0 &&
+         s.kernel[0] >= s.stride[0] && s.height + 2 * (s.kernel[1] / 2) >= s.kernel[1] &&
+         s.width + 2 * (s.kernel[2] / 2) >= s.kernel[2] && s.height > 0 && s.width > 0;
+}
+
+}  // namespace vmae
+
+#else
+
+namespace vmae {
+
+bool amx_available() { return false; }
+bool amx_supported(const AmxConvolution&) { return false; }
+void amx_forward(const AmxConvolution&, const uint16_t*, const uint16_t*, const uint16_t*, const uint16_t*, bool,
+                 uint16_t*) {}
+void amx_input_gradient(const AmxConvolution&, const uint16_t*, const uint16_t*, uint16_t*, uint16_t*) {}
+void amx_weight_gradient(const AmxConvolution&, const uint16_t*, const uint16_t*, const uint16_t*, uint16_t*) {}
+
+}  // namespace vmae
+
+#endif
