@@ -241,34 +241,6 @@ def the_rest() -> Iterator[Case]:
     yield Case(
         "fsq [2, 12544, 6]", [rand(2, N, 6)], {"ours": lambda z: ours.fsq(z, levels), "tanh, round, detach": fsq}, 1e-3
     )
-    for dtype in (torch.float32, torch.bfloat16):
-        short = str(dtype).removeprefix("torch.")
-        x, weight = (
-            rand(1, 128, 16, 56, 56, dtype=dtype).detach(),
-            rand(128, 128, 3, 3, 3, seed=1, dtype=dtype).detach() / 59,
-        )
-        last = [x.to(memory_format=torch.channels_last_3d), weight.to(memory_format=torch.channels_last_3d)]
-        last = [y.requires_grad_() for y in last]
-
-        def padded(x: Tensor, w: Tensor) -> Tensor:
-            return F.conv3d(F.pad(x, (1, 1, 1, 1, 2, 0)), w)
-
-        def folded(x: Tensor, w: Tensor) -> Tensor:
-            before = torch.zeros_like(x[:, :, :2], memory_format=torch.channels_last_3d)
-            return F.conv3d(torch.cat((before, x), 2), w, padding=(0, 1, 1))
-
-        contestants = {
-            "ours": ours.causal_conv3d,
-            "pad contiguous, conv3d": lambda x, w: padded(x.contiguous(), w.contiguous()),
-            "pad, conv3d": padded,
-            "time padded, H and W folded": folded,
-        }
-        yield Case(
-            f"causal_conv3d {short} [1, 128, 16, 56, 56], 3 x 3 x 3",
-            last,
-            contestants,
-            0.3 if dtype == torch.bfloat16 else 1e-3,
-        )
 
 
 def results(function: Callable, inputs: list[Tensor], *, backward: bool) -> list[Tensor]:

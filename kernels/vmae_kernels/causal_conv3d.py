@@ -4,12 +4,14 @@ The kernels are those of csrc/, the repository's folder of CUDA and C++ sources,
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _csrc, reference
 from ._checks import FLOATS, dtype_in, same_device, same_dtype, sizes
@@ -209,6 +211,25 @@ register(
 )
 
 
+# For torch.utils.flop_counter: a product and a sum for each number of the weight and position of the result, borders
+# included, as it counts PyTorch's convolutions.
+
+
+@register_flop_formula(ops.causal_conv3d)
+def _convolve_flops(x, weight, *_, out_shape, **__) -> int:
+    return 2 * math.prod(weight) * out_shape[0] * math.prod(out_shape[2:])
+
+
+@register_flop_formula(ops.causal_conv3d_input_gradient)
+def _input_gradient_flops(dy, weight, *_, **__) -> int:
+    return 2 * math.prod(weight) * dy[0] * math.prod(dy[2:])
+
+
+@register_flop_formula(ops.causal_conv3d_weight_gradient)
+def _weight_gradient_flops(x, cache, dy, *_, out_shape, **__) -> int:
+    return 2 * math.prod(out_shape) * dy[0] * math.prod(dy[2:])
+
+
 def causal_conv3d(
     x: Tensor,
     weight: Tensor,
@@ -235,14 +256,22 @@ def causal_conv3d(
 
     Returns:
         y [B, O, T / st, H', W'] with H' = (H + 2 * (kh // 2) - kh) // sh + 1 and W' likewise, dense in x's memory
-        format; with `return_cache` the pair (y, cache). A clip given in chunks yields what it yields whole, to the
-        rounding of the convolution that PyTorch picks for each shape. Differentiable in x, weight, bias and cache.
+        format; with `return_cache` the pair (y, cache). A clip given in chunks yields what it yields whole: the same
+        bits from the compiled kernels, and to the rounding of what it picks for each shape from PyTorch. Differentiable
+        in x, weight, bias and cache, any number of times.
 
     Raises:
         TypeError: dtypes differ or are not floating point.
         ValueError: shapes do not match, kt < st, or T is no positive multiple of st.
 
-    Until the operation has kernels of its own, the frames before x are concatenated with it; space is not copied.
+    The kernels of the compiled extension, where it was built, copy no input: on CUDA for bfloat16, float16 and float32
+    (tf32 or not as `torch.backends.cudnn.conv.fp32_precision` says, as in PyTorch's own convolutions), and on CPUs with
+    Intel AMX for bfloat16, where denormal numbers count as zeros. They work in channels_last_3d; other formats are
+    copied into it and back. Elsewhere PyTorch convolves, and where it is faster the frames before x are concatenated
+    with it. Space is not copied anywhere. VMAE_KERNELS=csrc insists on the extension, torch on PyTorch.
+
+    Workspace: the weight's gradient on CUDA takes 264 tiles of 128 x 128 fp32 sums at most, 17 MiB, or the weight's size
+    in fp32 if that is more.
 
     Under autocast: casts as `torch.nn.functional.conv3d` does; the cache keeps x's dtype.
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from vmae_kernels import causal_conv3d, topk
 
@@ -242,6 +243,17 @@ def test_many_frames(kt, st, t, with_cache, memory_format, b):
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=2e-5)
     for got, wanted in zip(torch.autograd.grad(y, mine, grad, materialize_grads=True), truth, strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_flops_are_counted_as_pytorchs():
+    x, weight, _ = case((3, 3, 3), dtype=torch.float32)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    counts = []
+    for function in (causal_conv3d, lambda x, w: F.conv3d(F.pad(x, (0, 0, 0, 0, 2, 0)), w, padding=(0, 1, 1))):
+        with FlopCounterMode(display=False) as counter:
+            function(x, weight).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 3 * 2 * (4 * 3 * 27) * (2 * 6 * 7 * 6)
 
 
 def test_silu():
