@@ -270,8 +270,8 @@ def causal_conv3d(
     copied into it and back. Elsewhere PyTorch convolves, and where it is faster the frames before x are concatenated
     with it. Space is not copied anywhere. VMAE_KERNELS=csrc insists on the extension, torch on PyTorch.
 
-    Workspace: the weight's gradient on CUDA takes 264 tiles of 128 x 128 fp32 sums at most, 17 MiB, or the weight's size
-    in fp32 if that is more.
+    Workspace: the weight's gradient on CUDA takes 264 tiles of 128 x 128 fp32 sums, 17 MiB, or the weight's size in
+    fp32, whichever is more.
 
     Under autocast: casts as `torch.nn.functional.conv3d` does; the cache keeps x's dtype.
 
