@@ -11,7 +11,7 @@ CUTLASS := nvidia-cutlass==4.2.0.0
 
 setup: $(READY)
 
-$(READY): requirements.lock pyproject.toml setup.py $(wildcard csrc/*)
+$(READY): requirements.lock pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*.cuh csrc/*.cu) csrc/build.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vmae needs Python 3.11 or newer, found " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(RUN)python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock

@@ -268,6 +268,10 @@ def test_silu():
     (truth,) = torch.autograd.grad(F.silu(oracle(x.double(), exact, bias.double())).sum(), exact)
     (got,) = torch.autograd.grad(y.sum(), weight)
     torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-3)
+    torch._dynamo.reset()
+    compiled = torch.compile(causal_conv3d, fullgraph=True, backend="aot_eager")
+    for w in (weight, weight.detach()):  # with gradients, and in the kernel
+        torch.testing.assert_close(compiled(x, w, bias, activation="silu"), y)
     with pytest.raises(ValueError, match="activation: expected 'silu' or None, got 'relu'"):
         causal_conv3d(x, weight, activation="relu")
 
