@@ -40,7 +40,9 @@ class BuildExtension(build_ext):
     """One build makes both: the library, and the module that tells of its kernels where pybind11 is at hand."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return f"vmae_kernels/{fullname.rpartition('.')[2]}"
+        *package, stem = fullname.split(".")
+        files = {name.partition(".")[0]: name for name in (build.LIBRARY, build.OCCUPANCY)}
+        return "/".join([*package, files[stem]])
 
     def build_extensions(self) -> None:
         try:
@@ -50,7 +52,7 @@ class BuildExtension(build_ext):
                 raise SystemExit(f"VMAE_BUILD={MODE}: cannot build the extension: {reason}") from None
             say(f"without the compiled extension, which could not be built: {reason}")
         built = [name for name in (build.LIBRARY, build.OCCUPANCY) if (Path(self.build_temp) / name).exists()]
-        self.extensions = [Extension(f"vmae_kernels.{name}", []) for name in built]
+        self.extensions = [Extension(f"vmae_kernels.{name.partition('.')[0]}", []) for name in built]
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)

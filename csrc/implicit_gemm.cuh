@@ -100,6 +100,17 @@ __device__ __forceinline__ void copy_in(Element* to, const Element* from) {
   }
 }
 
+// A thread's share of a tile; `from(i)` is where its i-th line's elements come from. The lines are the tile's where its
+// depth is contiguous, else they are the depth.
+template <class Share, int VECTOR, bool DEPTH_CONTIGUOUS, class Tensor, class From>
+__device__ __forceinline__ void copy_tile(Tensor& tile, int stage, From&& from) {
+  CUTE_UNROLL
+  for (int i = 0; i < Share::kLines; ++i) {
+    int line = Share::line(threadIdx.x, i), element = Share::element(threadIdx.x);
+    copy_in<VECTOR>(DEPTH_CONTIGUOUS ? &tile(line, element, stage) : &tile(element, line, stage), from(i));
+  }
+}
+
 template <class Math, class Fragment>
 __device__ __forceinline__ void round_operand(Fragment& fragment) {
   if constexpr (std::is_same_v<Math, TensorFloat32>) {  // to nearest: the tensor cores alone would cut the bits off
@@ -273,17 +284,9 @@ struct ConvolutionKernel {
     Tensor a = make_tensor(make_smem_ptr(shared), typename Loop::LayoutA{});
     Tensor b = make_tensor(make_smem_ptr(shared + cosize_v<typename Loop::LayoutA>), typename Loop::LayoutB{});
     auto load = [&](int stage) {
-      using Rows = typename Operands::RowShare;
-      using Columns = typename Operands::ColumnShare;
-      CUTE_UNROLL
-      for (int i = 0; i < Rows::kLines; ++i) {
-        copy_in<Tile::kVector>(&a(Rows::line(thread, i), Rows::element(thread), stage), operands.source(i));
-      }
-      CUTE_UNROLL
-      for (int i = 0; i < Columns::kLines; ++i) {
-        copy_in<Tile::kVector>(&b(Columns::line(thread, i), Columns::element(thread), stage),
-                               operands.weights(g, i));
-      }
+      copy_tile<typename Operands::RowShare, Tile::kVector, true>(a, stage, [&](int i) { return operands.source(i); });
+      copy_tile<typename Operands::ColumnShare, Tile::kVector, true>(b, stage,
+                                                                     [&](int i) { return operands.weights(g, i); });
       operands.advance(g);
     };
     typename Loop::Mma mma;
@@ -374,18 +377,10 @@ struct WeightGradientKernel {
     Tensor a = make_tensor(make_smem_ptr(shared), typename Loop::LayoutA{});
     Tensor b = make_tensor(make_smem_ptr(shared + cosize_v<typename Loop::LayoutA>), typename Loop::LayoutB{});
     auto load = [&](int stage) {
-      using Rows = typename Operands::RowShare;
-      using Columns = typename Operands::ColumnShare;
-      CUTE_UNROLL
-      for (int i = 0; i < Rows::kLines; ++i) {
-        copy_in<Tile::kVector>(&a(Rows::element(thread), Rows::line(thread, i), stage),
-                               operands.gradients(g, thread, i));
-      }
-      CUTE_UNROLL
-      for (int i = 0; i < Columns::kLines; ++i) {
-        copy_in<Tile::kVector>(&b(Columns::element(thread), Columns::line(thread, i), stage),
-                               operands.source(g, thread, i));
-      }
+      copy_tile<typename Operands::RowShare, Tile::kVector, false>(
+          a, stage, [&](int i) { return operands.gradients(g, thread, i); });
+      copy_tile<typename Operands::ColumnShare, Tile::kVector, false>(
+          b, stage, [&](int i) { return operands.source(g, thread, i); });
       operands.advance(g);
     };
     typename Loop::Mma mma;
