@@ -23,6 +23,7 @@ MODE = os.environ.get("VMAE_BUILD", "auto")
 if MODE not in ("auto", "cpu", "force", "skip"):
     sys.exit(f"VMAE_BUILD: expected auto, cpu, force or skip, got {MODE!r}")
 TARGET = {"auto": "cuda" if build.nvcc() else None, "cpu": "cpu", "force": "cuda", "skip": None}[MODE]
+FILES = {name.partition(".")[0]: name for name in (build.LIBRARY, build.OCCUPANCY)}
 # Of an isolated build; one with --no-build-isolation has to bring them.
 NEEDS = {
     None: [],
@@ -41,8 +42,7 @@ class BuildExtension(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         *package, stem = fullname.split(".")
-        files = {name.partition(".")[0]: name for name in (build.LIBRARY, build.OCCUPANCY)}
-        return "/".join([*package, files[stem]])
+        return "/".join([*package, FILES[stem]])
 
     def build_extensions(self) -> None:
         try:
@@ -51,12 +51,12 @@ class BuildExtension(build_ext):
             if MODE != "auto":
                 raise SystemExit(f"VMAE_BUILD={MODE}: cannot build the extension: {reason}") from None
             say(f"without the compiled extension, which could not be built: {reason}")
-        built = [name for name in (build.LIBRARY, build.OCCUPANCY) if (Path(self.build_temp) / name).exists()]
-        self.extensions = [Extension(f"vmae_kernels.{name.partition('.')[0]}", []) for name in built]
+        targets = {extension.name: Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions}
+        built = {name: Path(self.build_temp) / target.name for name, target in targets.items()}
+        self.extensions = [extension for extension in self.extensions if built[extension.name].exists()]
         for extension in self.extensions:
-            target = Path(self.get_ext_fullpath(extension.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.copy_file(str(Path(self.build_temp) / target.name), str(target))
+            targets[extension.name].parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(built[extension.name]), str(targets[extension.name]))
 
 
 class Wheel(bdist_wheel):
@@ -69,7 +69,7 @@ class Wheel(bdist_wheel):
 if TARGET is None and MODE == "auto" and {"bdist_wheel", "editable_wheel"} & {*sys.argv}:  # pip comes for facts first
     say("without the compiled extension: there is no nvcc (VMAE_BUILD=cpu builds its part for the CPU)")
 setup(
-    ext_modules=[Extension("vmae_kernels.libvmae_csrc", [])] if TARGET else [],
+    ext_modules=[Extension(f"vmae_kernels.{stem}", []) for stem in FILES] if TARGET else [],
     setup_requires=NEEDS,
     cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
 )
