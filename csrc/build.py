@@ -12,6 +12,7 @@ at a time (default: as many as processors and memory allow).
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def _ninja_file(target: str) -> str:
     if cxx is None:
         raise Impossible("no C++ compiler: expected c++ on PATH, or CXX")
     torch = _folder_of("torch", "include", "install without build isolation: pip install --no-build-isolation .")
-    flags = f"-O3 -DTORCH_TARGET_VERSION=0x020a000000000000 -I{FOLDER} -I{torch} -I{torch}/torch/csrc/api/include"
+    flags = f"-O3 -DTORCH_TARGET_VERSION=0x020a000000000000 {_include(FOLDER, torch, torch / 'torch/csrc/api/include')}"
     facts = {"cuda": None, "architectures": []}
     sources, link = list(HOST_SOURCES), f"{cxx} -shared -Wl,--no-as-needed"
     rules = []
@@ -80,7 +81,7 @@ def _ninja_file(target: str) -> str:
             flags += " -DVMAE_SM90A"  # kernels with wgmma may be launched
         rules.append(
             f"{compiler} -ccbin {cxx} -std=c++20 -Xcompiler=-fPIC,-fvisibility=hidden --expt-relaxed-constexpr "
-            f"-Xptxas=-v {flags} -I{cutlass} {' '.join(architectures)}"
+            f"-Xptxas=-v {flags} {_include(cutlass)} {' '.join(architectures)}"
         )
         link = f"{compiler} -ccbin {cxx} -shared -cudart=static -Xlinker=--no-as-needed"
     text = [
@@ -90,12 +91,12 @@ def _ninja_file(target: str) -> str:
     ]
     if rules:
         text += ["rule nvcc", f"  command = {rules[0]} -MMD -MF $out.d -x cu -c $in -o $out", "  depfile = $out.d"]
-    text += ["rule link", f"  command = {link} $in -o $out -L{torch.parent}/lib -ltorch"]
+    text += ["rule link", f"  command = {link} $in -o $out -L{shlex.quote(str(torch.parent))}/lib -ltorch"]
     objects = []
     for source in sources:
         objects.append(f"{Path(source).stem}.o")
         rule = "nvcc" if source in CUDA_SOURCES else "cxx"
-        text.append(f"build {objects[-1]}: {rule} {FOLDER / source}")
+        text.append(f"build {objects[-1]}: {rule} {_escaped(FOLDER / source)}")
         if source == "ops.cpp":
             # Quoted for C++, then for the shell.
             literal = json.dumps(json.dumps(facts))
@@ -113,12 +114,20 @@ def _occupancy_module(cxx: str, compiler: Path) -> list[str]:
         return []
     folders = [FOLDER, python, Path(pybind11.submodule_search_locations[0]) / "include"]
     folders += re.findall(r'-I([^"\s]+)', _dryrun(compiler))
-    include = " ".join(f"-I{folder}" for folder in folders)
     return [
         "rule module",
-        f"  command = {cxx} -std=c++20 -O2 -fPIC -fvisibility=hidden -shared {include} $in -o $out -ldl",
-        f"build {OCCUPANCY}: module {FOLDER / 'occupancy.cpp'}",
+        f"  command = {cxx} -std=c++20 -O2 -fPIC -fvisibility=hidden -shared {_include(*folders)} $in -o $out -ldl",
+        f"build {OCCUPANCY}: module {_escaped(FOLDER / 'occupancy.cpp')}",
     ]
+
+
+def _include(*folders: object) -> str:
+    return " ".join(f"-I{shlex.quote(str(folder))}" for folder in folders)
+
+
+def _escaped(path: Path) -> str:
+    """For ninja, which quotes it for the shell by itself."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def _dryrun(compiler: Path) -> str:
