@@ -41,7 +41,7 @@ bench: $(READY)
 resources: $(READY)
 	$(RUN)python -m vmae_kernels.resources --all
 
-# Compiles csrc/ for every GPU generation, on any machine with nvcc, and checks the code (three minutes on two cores).
+# Compiles csrc/ for every GPU generation, on any machine with nvcc, and checks the code (five minutes on two cores).
 cuda: $(READY)
 	$(RUN)python -m pip install --quiet --disable-pip-version-check --no-deps $(CUTLASS)
 	$(RUN)python csrc/check.py build/cuda csrc/resources.md
