@@ -37,7 +37,7 @@ inline Axis forward_axis(int inputs, int outputs, int kernel, int stride, int pa
 // every stride-th tap alone, and for those it is a convolution of stride 1 over the gradient of the outputs. `first` is
 // -padding where the padding's gradient is wanted too (the cache's), else 0.
 inline Axis gradient_axis(int inputs, int outputs, int kernel, int stride, int padding, int phase, int first) {
-  int taps = phase < kernel ? (kernel - phase + stride - 1) / stride : 0;
+  int taps = (kernel - phase + stride - 1) / stride;  // none beyond the kernel
   int skipped = first + padding > phase ? (first + padding - phase + stride - 1) / stride : 0;
   int last = inputs - 1 + padding - phase;
   int rows = last < 0 ? 0 : last / stride + 1 - skipped;
