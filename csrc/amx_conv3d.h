@@ -9,7 +9,6 @@
 // with dx, dcache, dweight and dy like x, cache, weight and y. Output (z, p, q) sees, through tap (r, u, v), the input
 // at (z * st + r - (kt - st), p * sh + u - kh / 2, q * sw + v - kw / 2). Sums are of fp32 and rounded once, in an order
 // that depends on neither the number of threads nor, but for dweight's, the number of frames or clips.
-// As everywhere in AMX, denormal numbers count as zeros.
 #pragma once
 
 #include <cstdint>
@@ -26,11 +25,7 @@ struct AmxConvolution {
   int64_t output_width() const { return (width + 2 * (kernel[2] / 2) - kernel[2]) / stride[2] + 1; }
 };
 
-// Whether this processor, its operating system and this build have what the functions below need. The first call asks
-// Linux for the permission to use AMX, which holds for the process.
-bool amx_available();
-
-// Whether the functions below take these sizes.
+// Whether the functions below, which need amx_available(), take these sizes.
 bool amx_supported(const AmxConvolution& sizes);
 
 // y; silu: its SiLU. `cache` and `bias` may be null.

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "amx.h"
 #include "amx_conv3d.h"
 
 namespace vmae {

@@ -5,7 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "amx_conv3d.h"
+#include "amx.h"
 
 namespace vmae {
 namespace {
