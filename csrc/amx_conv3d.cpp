@@ -24,6 +24,7 @@ namespace vmae {
 namespace {
 
 constexpr int64_t kScratch = 768 << 10;  // bytes of one thread's scratch rows, beside weights in L2
+constexpr int64_t kHeavy = 1 << 20;      // bytes of a weight that L2 does not keep beside that
 constexpr int64_t kJobs = 16;            // wanted of the weight's gradient, for threads to share
 
 // x / (1 + exp(-x)).
@@ -184,26 +185,35 @@ void convolve(const Convolution& c) {
   const int64_t height = c.height.count, width = c.width.count, frames = c.time.count;
   if (height == 0 || width == 0 || frames == 0) return;
   const Window window = cut_window(c.source.channels, c.width.taps);
-  const int64_t size = window.depth * kColumns, ring = c.time.taps;
+  const int64_t size = window.depth * kColumns;
   const Buffer<uint16_t> weight = pack_weight(c, window);
 
   // A row's positions are shared evenly among its tiles, whose cost is by the row; the last one may begin earlier.
   const int64_t across = ceil_div(width, kRows), rows = ceil_div(width, across);
   const int64_t positions = (width - 1) * c.width.step + c.width.taps, row_size = positions * window.pitch;
-  // A unit of work is some rows of one frame. Its scratch fits the budget, and there are enough of them.
+  // A unit of work is some rows of one frame, or of a group of frames where the weight, which every unit reads, is too
+  // much for L2. Its scratch fits the budget, and there are enough of them.
+  const bool heavy = tiles * c.time.taps * c.height.taps * window.steps * size * 2 > kHeavy;
+  const int64_t wanted = (heavy ? 1 : 8) * threads();
   auto scratch_rows = [&](int64_t results) { return (results - 1) * c.height.step + c.height.taps; };
-  int64_t block = height, parts = 1;
-  while (block > 2 && (ring * scratch_rows(block) * row_size * 2 > kScratch ||
-                       c.batch * frames * ceil_div(height, block) < 8 * threads()))
+  auto scratch_frames = [&](int64_t results) { return (results - 1) * c.time.step + c.time.taps; };
+  auto fits = [&](int64_t rows, int64_t frames) {
+    return scratch_frames(frames) * scratch_rows(rows) * row_size * 2 <= kScratch;
+  };
+  int64_t block = height, parts = 1, group = 1;
+  while (block > 2 && (!fits(block, 1) || c.batch * frames * ceil_div(height, block) < wanted))
     block = round_up(ceil_div(height, ++parts), 2);
-  const int64_t blocks = ceil_div(height, block), frame_size = scratch_rows(block) * row_size;
+  const int64_t blocks = ceil_div(height, block);
+  while (heavy && fits(block, group + 1) && c.batch * blocks * ceil_div(frames, group + 1) >= wanted) ++group;
+  const int64_t groups = ceil_div(frames, group);
+  const int64_t ring = scratch_frames(group), frame_size = scratch_rows(block) * row_size;
 
-  parallel(c.batch * blocks * frames, [&](int64_t first_unit, int64_t end_unit) {
+  parallel(c.batch * blocks * groups, [&](int64_t first_unit, int64_t end_unit) {
     Tiles registers;
     registers.configure(rows, window.depth);
     Buffer<uint16_t> scratch = buffer<uint16_t>(ring * frame_size);
     int current = 0;
-    std::vector<int64_t> held(ring), taps;  // the ring's frames; the time taps that meet a frame
+    std::vector<int64_t> held(ring);  // the ring's frames
     alignas(64) float sums[2][4 * kTile];
     // The last tile's sums are written while the next one's products run.
     struct {
@@ -221,39 +231,38 @@ void convolve(const Convolution& c) {
     };
 
     for (int64_t unit = first_unit; unit < end_unit; ++unit) {
-      const int64_t i = unit % frames, first_row = unit / frames % blocks * block, batch = unit / frames / blocks;
+      const int64_t first = unit % groups * group, last = std::min(first + group, frames) - 1;
+      const int64_t first_row = unit / groups % blocks * block, batch = unit / groups / blocks;
       const int64_t results = std::min(block, height - first_row);
-      const int64_t start = i * c.time.step + c.time.start;
-      auto slot = [&](int64_t r) { return ((start + r) % ring + ring) % ring; };
-      if (unit == first_unit || i == 0) std::fill(held.begin(), held.end(), INT64_MIN);
-      taps.clear();
-      for (int64_t r = 0; r < ring; ++r) {
-        const uint16_t* frame = c.source.frame(batch, start + r);
-        if (!frame) continue;
-        taps.push_back(r);
-        if (held[slot(r)] == start + r) continue;
-        held[slot(r)] = start + r;
+      auto start = [&](int64_t i) { return i * c.time.step + c.time.start; };
+      auto slot = [&](int64_t t) { return (t % ring + ring) % ring; };
+      if (unit == first_unit || first == 0) std::fill(held.begin(), held.end(), INT64_MIN);
+      for (int64_t t = start(first); t < start(last) + c.time.taps; ++t) {
+        const uint16_t* frame = c.source.frame(batch, t);
+        if (!frame || held[slot(t)] == t) continue;
+        held[slot(t)] = t;
         for (int64_t row = 0; row < scratch_rows(results); ++row) {
           int64_t h = first_row * c.height.step + c.height.start + row;
           bool inside = h >= 0 && h < c.source.height;
-          copy_row(scratch.get() + slot(r) * frame_size + row * row_size, positions, window.pitch,
+          copy_row(scratch.get() + slot(t) * frame_size + row * row_size, positions, window.pitch,
                    inside ? frame + h * c.source.width * c.source.channels : nullptr, c.width.start, c.source.width,
                    c.source.channels);
         }
       }
       fence();
 
-      const int64_t share = ceil_div(2 * rows, std::max<int64_t>(taps.size() * c.height.taps, 1));
-      uint16_t* frame = c.result.frame(batch, i * c.time.result_step + c.time.result_start);
-      // M rows of the result x N tiles of channels.
-      auto tile = [&]<int M, int N>(int64_t pair, int64_t row, int64_t column) {
-        const uint16_t* right = weight.get() + pair * 2 * ring * c.height.taps * window.steps * size;
+      const int64_t share = ceil_div(2 * rows, std::max<int64_t>(c.time.taps * c.height.taps, 1));
+      // M rows of the result's frame i x N tiles of channels.
+      auto tile = [&]<int M, int N>(int64_t i, int64_t pair, int64_t row, int64_t column) {
+        const uint16_t* right = weight.get() + pair * 2 * c.time.taps * c.height.taps * window.steps * size;
         const uint16_t* left = scratch.get() + row * c.height.step * row_size + column * c.width.step * window.pitch;
         const int64_t right_size = N * window.steps * size;
         zero_tiles<M, N>();
-        for (int64_t r : taps) {
+        for (int64_t r = 0; r < c.time.taps; ++r) {
+          const int64_t t = start(i) + r;
+          if (!c.source.frame(batch, t)) continue;
           for (int64_t u = 0; u < c.height.taps; ++u) {
-            const uint16_t* left0 = left + slot(r) * frame_size + u * row_size;
+            const uint16_t* left0 = left + slot(t) * frame_size + u * row_size;
             const uint16_t* right0 = right + (r * c.height.taps + u) * right_size;
             multiply<M, N>(left0, left0 + c.height.step * row_size, c.width.step * window.pitch * 2, window.depth,
                            right0, right0 + size, N * size, window.steps);
@@ -263,6 +272,7 @@ void convolve(const Convolution& c) {
         write(2 * rows);
         current ^= 1;
         store_tiles<M, N>(sums[current], N * kTile, kTile);
+        uint16_t* frame = c.result.frame(batch, i * c.time.result_step + c.time.result_start);
         int64_t h = (first_row + row) * c.height.result_step + c.height.result_start;
         int64_t w = column * c.width.result_step + c.width.result_start;
         pending = {sums[current], frame + (h * c.result.width + w) * channels, pair * 2 * kColumns, N, 0, M * rows};
@@ -270,12 +280,14 @@ void convolve(const Convolution& c) {
       for (int64_t pair = 0; pair * 2 < tiles; ++pair) {
         for (int64_t t = 0; t < across; ++t) {
           const int64_t column = std::min(t * rows, width - rows);
-          for (int64_t row = 0; row < results; row += 2) {  // two rows: they share all but one of the rows they read
-            bool two_rows = row + 1 < results, two_tiles = pair * 2 + 1 < tiles;
-            if (two_rows && two_tiles) tile.template operator()<2, 2>(pair, row, column);
-            else if (two_rows) tile.template operator()<2, 1>(pair, row, column);
-            else if (two_tiles) tile.template operator()<1, 2>(pair, row, column);
-            else tile.template operator()<1, 1>(pair, row, column);
+          for (int64_t i = first; i <= last; ++i) {
+            for (int64_t row = 0; row < results; row += 2) {  // two rows: they share all but one of the rows they read
+              bool two_rows = row + 1 < results, two_tiles = pair * 2 + 1 < tiles;
+              if (two_rows && two_tiles) tile.template operator()<2, 2>(i, pair, row, column);
+              else if (two_rows) tile.template operator()<2, 1>(i, pair, row, column);
+              else if (two_tiles) tile.template operator()<1, 2>(i, pair, row, column);
+              else tile.template operator()<1, 1>(i, pair, row, column);
+            }
           }
         }
       }

@@ -72,6 +72,8 @@ def check(*sizes, **options):
         (1, 32, 32, 2, 5, 1, (2, 2, 2), (2, 1, 1), False),
         (1, 1, 1, 4, 3, 3, (3, 3, 3), (1, 1, 1), True),
         (1, 32, 16, 3, 4, 4, (1, 1, 1), (1, 2, 3), False),
+        (1, 160, 160, 9, 6, 7, (3, 3, 3), (1, 1, 1), True),  # a weight that several frames share
+        (2, 160, 144, 14, 6, 8, (3, 3, 3), (2, 2, 2), False),
     ],
 )
 def test_against_the_oracle(sizes):
@@ -90,9 +92,9 @@ def test_any_shape(data):
 
 
 @pytest.mark.parametrize("st", [1, 2])
-@pytest.mark.parametrize("c", [3, 6, 64, 96])
-def test_chunks_and_clips_alone_have_the_bits_of_the_whole(c, st):
-    x, weight, bias, cache, stride = inputs_of(2, c, 40, 12, 7, 19, (3, 3, 3), (st, 1, 1), True)
+@pytest.mark.parametrize(("c", "o"), [(3, 40), (6, 40), (64, 40), (96, 40), (160, 160)])
+def test_chunks_and_clips_alone_have_the_bits_of_the_whole(c, o, st):
+    x, weight, bias, cache, stride = inputs_of(2, c, o, 12, 7, 19, (3, 3, 3), (st, 1, 1), True)
     whole = causal_conv3d(x, weight, bias, stride=stride, cache=cache)
     for chunks in ([st] * (12 // st), [2, 6, 4], [12]):
         parts, before = [], cache
