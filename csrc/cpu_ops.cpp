@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "amx.h"
+#include "amx_attention.h"
 #include "amx_conv3d.h"
 
 namespace vmae {
@@ -43,6 +44,33 @@ void weight_gradient_cpu(Tensor dweight, const Tensor x, const std::optional<Ten
   amx_weight_gradient(sizes_of(x, dweight, stride), data(x), data(cache), data(dy), data(dweight));
 }
 
+// Of [batch, heads, rows, depth], whose last stride is 1.
+Rows<uint16_t> rows(const Tensor& x) {
+  return {static_cast<uint16_t*>(x.mutable_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Rows<const uint16_t> read(const Tensor& x) {
+  return {static_cast<const uint16_t*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+AmxAttention attention_sizes(const Tensor& q, const Tensor& k, double scale) {
+  AmxAttention sizes{q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), static_cast<float>(scale)};
+  STD_TORCH_CHECK(amx_available() && amx_attention_supported(sizes),
+                  "vmae_csrc: expected Intel AMX, and sizes that it takes");
+  return sizes;
+}
+
+void attention_cpu(Tensor o, Tensor lse, const Tensor q, const Tensor k, const Tensor v, double scale) {
+  amx_attention_forward(attention_sizes(q, k, scale), read(q), read(k), read(v), rows(o),
+                        static_cast<float*>(lse.mutable_data_ptr()));
+}
+
+void attention_backward_cpu(Tensor dq, Tensor dk, Tensor dv, const Tensor grad, const Tensor q, const Tensor k,
+                            const Tensor v, const Tensor o, const Tensor lse, double scale) {
+  amx_attention_backward(attention_sizes(q, k, scale), read(grad), read(q), read(k), read(v), read(o),
+                         static_cast<const float*>(lse.data_ptr()), rows(dq), rows(dk), rows(dv));
+}
+
 }  // namespace
 }  // namespace vmae
 
@@ -50,4 +78,6 @@ STABLE_TORCH_LIBRARY_IMPL(vmae_csrc, CPU, m) {
   m.impl("convolve", TORCH_BOX(&vmae::convolve_cpu));
   m.impl("input_gradient", TORCH_BOX(&vmae::input_gradient_cpu));
   m.impl("weight_gradient", TORCH_BOX(&vmae::weight_gradient_cpu));
+  m.impl("attention", TORCH_BOX(&vmae::attention_cpu));
+  m.impl("attention_backward", TORCH_BOX(&vmae::attention_backward_cpu));
 }

@@ -28,6 +28,10 @@ STABLE_TORCH_LIBRARY(vmae_csrc, m) {
       "input_gradient(Tensor(a!) dx, Tensor(b!)? dcache, Tensor dy, Tensor weight, int[] stride, bool exact) -> ()");
   m.def(
       "weight_gradient(Tensor(a!) dweight, Tensor x, Tensor? cache, Tensor dy, int[] stride, bool exact) -> ()");
+  m.def("attention(Tensor(a!) o, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, float scale) -> ()");
+  m.def(
+      "attention_backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor grad, Tensor q, Tensor k, Tensor v, "
+      "Tensor o, Tensor lse, float scale) -> ()");
   m.def("facts() -> str");
 }
 

@@ -93,8 +93,10 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        return self.proj(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+        # Cut apart before heads and tokens change places: the gradients then come together in one copy, not in two.
+        parts = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # each [B, N, H, d]
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

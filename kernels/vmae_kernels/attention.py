@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _csrc, reference
 from ._checks import FLOATS, INTEGERS, count, dtype_in, same_device, same_dtype, sizes
-from ._library import ops, register, register_composite
+from ._library import chosen, ops, register, register_composite
 from ._triton import architecture, jit, on_device, power_of_2, tl
 from ._tuning import Configuration, launch
 from .gather_tokens import place
@@ -365,14 +365,37 @@ register(
 )
 
 
-def _fake_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    b, h, m, d = q.shape
-    o = torch.empty(b, m, h, d, dtype=q.dtype, device=q.device).transpose(1, 2)
-    return o, torch.empty(b, h, m, dtype=torch.float32, device=q.device)
+def _compiled(q: Tensor) -> bool:
+    """Whether the extension attends from q, on a CPU, rather than PyTorch: this is where it is decided.
+
+    Raises:
+        ValueError: VMAE_KERNELS=csrc, and it cannot.
+    """
+    choice, facts = chosen(), _csrc.facts()
+    if choice == "torch" or q.dtype != torch.bfloat16 or not q.numel():  # the extension has no other
+        return False
+    reason = facts.get("missing") or (None if facts["amx"] else "a processor with Intel AMX")
+    if choice == "csrc" and reason:
+        raise ValueError(f"VMAE_KERNELS=csrc: attention expected {reason}")
+    return reason is None
 
 
-def _fake_cpu_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved_and_scale) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    if not _compiled(q):
+        return reference.attention_cpu(q, k, v, scale)
+    o, lse = _fake_kernel(q, k, v)
+    _csrc.ops.attention(o, lse, *reference.whole_rows(q, k, v), scale)
+    return o, lse
+
+
+def _attention_cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    if not _compiled(q):
+        return reference.attention_cpu_backward(grad, q, k, v, o, lse, scale)
+    grads = _fake_kernel_backward(grad, q, k, v)
+    _csrc.ops.attention_backward(*grads, *reference.whole_rows(grad, q, k, v, o), lse.contiguous(), scale)
+    return grads
 
 
 def _setup_cpu_context(ctx, inputs, output) -> None:
@@ -450,8 +473,8 @@ register_composite(
 # What `attention` is made of for bfloat16 on a CPU.
 register(
     "attention_cpu(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-    reference.attention_cpu,
-    fake=_fake_cpu,
+    _attention_cpu,
+    fake=_fake_kernel,
     backward=_cpu_backward,
     setup_context=_setup_cpu_context,
     autocast=3,
@@ -459,8 +482,8 @@ register(
 register(
     "attention_cpu_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale)"
     " -> (Tensor, Tensor, Tensor)",
-    reference.attention_cpu_backward,
-    fake=_fake_cpu_backward,
+    _attention_cpu_backward,
+    fake=_fake_kernel_backward,
 )
 _HEADS = "Tensor q, Tensor k, Tensor v"
 _PACKED = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float? scale"

@@ -307,13 +307,13 @@ def _bfloat16_on_cpu(*tensors: Tensor) -> bool:
     return tensors[0].dtype == torch.bfloat16
 
 
-def _whole_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+def whole_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """With numbers of the last dimension side by side: PyTorch's operation on a CPU reads others wrongly."""
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = _whole_rows(q, k, v)
+    q, k, v = whole_rows(q, k, v)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
     return o, lse.contiguous()
 
@@ -336,8 +336,8 @@ def attention_cpu_backward(
     n = k.shape[2]
     if q.dtype != torch.bfloat16 or m * n < _SMALL or not scale:
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grads = backward(*_whole_rows(grad, q, k, v, o), lse, 0.0, False, scale=scale)
-        return tuple(x.contiguous() for x in grads)
+        grads = backward(*whole_rows(grad, q, k, v, o), lse, 0.0, False, scale=scale)
+        return tuple(_tokens_first(x) for x in grads)
     shift = math.log(n) / 2
     # exp(shift) is a factor of the weights, and is taken out of what they are multiplied by.
     delta = math.exp(-shift) * (grad.float() * o.float()).sum(-1)
@@ -357,7 +357,12 @@ def attention_cpu_backward(
             dv[head] += weights @ some_grad[..., :d]
             dk[head] += slopes @ some_q[..., :d]
             dq[head, row] = slopes.transpose(1, 2) @ k[head, :, :d]
-    return tuple(x.to(q.dtype).view(b, h, -1, d) for x in (dq.mul_(scale), dk.mul_(scale), dv))
+    return tuple(_tokens_first(x.to(q.dtype).view(b, h, -1, d)) for x in (dq.mul_(scale), dk.mul_(scale), dv))
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """[B, H, M, d] in memory as [B, M, H, d]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _parts(x: Tensor) -> Tensor:
@@ -411,7 +416,7 @@ def attention_varlen(
     for rows, keys in _sequences(q, k, cu_q, cu_k, max_q, max_k):
         parts = (_heads_first(q[rows]), _heads_first(k[keys]), _heads_first(v[keys]))
         if q.is_cpu:
-            some, lse[None, :, rows] = attention_cpu(*parts, scale)
+            some, lse[None, :, rows] = ops.attention_cpu(*parts, scale)
         else:
             some = F.scaled_dot_product_attention(*parts, scale=scale)
         o[rows] = some[0].transpose(0, 1)
@@ -437,7 +442,7 @@ def attention_varlen_backward(
     for rows, keys in _sequences(q, k, cu_q, cu_k, max_q, max_k):
         if q.is_cpu and q.dtype != torch.float64:
             g, a, b, c, d = (_heads_first(x) for x in (grad[rows], q[rows], k[keys], v[keys], o[rows]))
-            some = attention_cpu_backward(g, a, b, c, d, lse[None, :, rows], scale)
+            some = ops.attention_cpu_backward(g, a, b, c, d, lse[None, :, rows], scale)
             for total, part, place in zip(grads, some, (rows, keys, keys), strict=True):
                 total[place] = part[0].transpose(0, 1)
             continue

@@ -4,11 +4,12 @@ In a lower precision the error may be at most twice that of the same naive compu
 """
 
 import math
+import os
 
 import pytest
 import torch
 
-from vmae_kernels import attention, attention_varlen, reference
+from vmae_kernels import _csrc, attention, attention_varlen, reference
 
 HEADS_FIRST, TOKENS_FIRST = "heads first", "tokens first"
 
@@ -151,9 +152,15 @@ def test_gradcheck(kv):
     assert torch.autograd.gradcheck(lambda *x: attention(*x, scale=0.3, kv_indices=indices), tensors, fast_mode=True)
 
 
-@pytest.fixture
-def large(monkeypatch):
-    """The backward that bfloat16 takes for many tokens on a CPU is taken for few, in several parts."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+amx = pytest.mark.skipif(not _csrc.facts().get("amx"), reason="no Intel AMX, or the extension was not built")
+
+
+@pytest.fixture(params=["kernel"] if INTERPRETED else ["torch", pytest.param("csrc", marks=amx)])
+def implementation(request, monkeypatch):
+    """Each of those for bfloat16 on a CPU; PyTorch's takes the way of many tokens for few, in several parts."""
+    if not INTERPRETED:
+        monkeypatch.setenv("VMAE_KERNELS", request.param)
     monkeypatch.setattr(reference, "_SMALL", 0)
     monkeypatch.setattr(reference, "_SCORES", 5_000)
 
@@ -162,7 +169,7 @@ def large(monkeypatch):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layout", [HEADS_FIRST, TOKENS_FIRST])
 @pytest.mark.parametrize(("m", "n", "d"), [(150, 170, 64), (129, 1, 16), (1, 300, 128), (70, 71, 80), (8, 800, 96)])
-def test_many_bfloat16_tokens_on_a_cpu(large, m, n, d, layout, threads):
+def test_many_bfloat16_tokens_on_a_cpu(implementation, m, n, d, layout, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -173,7 +180,7 @@ def test_many_bfloat16_tokens_on_a_cpu(large, m, n, d, layout, threads):
 
 
 @pytest.mark.parametrize("scale", [3.0, 0.3, -0.3, 0.0])
-def test_many_bfloat16_tokens_at_any_scale(large, scale):
+def test_many_bfloat16_tokens_at_any_scale(implementation, scale):
     """From queries that attend to one key to such that attend to all alike."""
     check(
         lambda q, k, v: attention(q, k, v, scale=scale),
@@ -197,7 +204,7 @@ def test_many_bfloat16_tokens_are_nearly_as_exact_as_in_pytorch():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_its_own_precision(large, dtype):
+def test_autocast_computes_in_its_own_precision(implementation, dtype):
     tensors = inputs(1, 2, 40, 50, 32)
     grad = rand(1, 2, 40, 32, seed=9, dtype=dtype)
     with torch.autocast("cpu", dtype):
@@ -210,14 +217,14 @@ def test_autocast_computes_in_its_own_precision(large, dtype):
     assert all(torch.equal(a, b.float()) for a, b in zip(grads, expected[1:], strict=True))
 
 
-def test_nothing_attends(large):
+def test_nothing_attends(implementation):
     q, k, v = inputs(1, 2, 0, 30, 16, torch.bfloat16)
     out, *grads = run(attention, (q, k, v), torch.zeros(1, 2, 0, 16, dtype=torch.bfloat16))
     assert out.shape == (1, 2, 0, 16)
     assert not any(x.any() for x in grads)
 
 
-def test_a_number_that_is_none_shows_in_the_gradient(large):
+def test_a_number_that_is_none_shows_in_the_gradient(implementation):
     q, k, v = inputs(1, 2, 20, 30, 16, torch.bfloat16)
     grad = rand(1, 2, 20, 16, seed=9, dtype=torch.bfloat16)
     grad[0, 1, 3, 5] = math.nan
