@@ -15,6 +15,7 @@ bool amx_available();
 #define VMAE_AMX 1
 
 #include <immintrin.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -42,8 +43,11 @@ using Buffer = std::unique_ptr<T[], Free>;
 
 template <class T>
 Buffer<T> buffer(int64_t count) {
-  void* p = std::aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(T), 64));
+  constexpr int64_t kHuge = 2 << 20;
+  const int64_t bytes = std::max<int64_t>(count, 1) * sizeof(T), alignment = bytes < kHuge / 2 ? 64 : kHuge;
+  void* p = std::aligned_alloc(alignment, round_up(bytes, alignment));
   if (!p) throw std::bad_alloc();
+  if (alignment == kHuge) madvise(p, round_up(bytes, alignment), MADV_HUGEPAGE);  // or every 4 KiB cost a page fault
   return Buffer<T>(static_cast<T*>(p));
 }
 

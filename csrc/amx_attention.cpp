@@ -25,9 +25,9 @@ namespace vmae {
 namespace {
 
 constexpr int64_t kStep = kRows * kDepth;                    // numbers of a left or right tile
-constexpr int64_t kForwardKeys = 128, kForwardQueries = 32;  // of a block; multiples of 32, as below
-constexpr int64_t kBackwardKeys = 64, kBackwardQueries = 64;
-constexpr int64_t kUnits = 12;  // wanted of the backward, for threads to share
+constexpr int64_t kForwardKeys = 256, kForwardQueries = 32;  // of a block; multiples of 32, as below
+constexpr int64_t kBackwardKeys = 256, kBackwardQueries = 256;
+constexpr int64_t kUnits = 6;  // wanted of the backward, for threads to share
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -128,22 +128,28 @@ struct Keys {
 
 constexpr int64_t kPair = 4 * kTile;  // numbers of 32 keys x 32 queries: [2][2] tiles
 
-// 32 keys' scores of the block's queries.
-void multiply_scores(const uint16_t* keys, const uint16_t* queries, int64_t depth, float* scores) {
+// One of the steps of 32 keys' products with 32 queries: rows `left`, columns `right`.
+void multiply_pair(const uint16_t* left, const uint16_t* right, int64_t depth, int64_t step, float* to) {
   const int64_t steps = depth / kDepth;
-  zero_tiles<2, 2>();
-  multiply<2, 2>(keys, keys + kRows * depth, depth * 2, kDepth, queries, queries + steps * kStep, kStep, steps);
-  store_tiles<2, 2>(scores, 2 * kTile, kTile);
+  if (step == 0) zero_tiles<2, 2>();
+  left += step * kDepth, right += step * kStep;
+  multiply<2, 2>(left, left + kRows * depth, depth * 2, 0, right, right + steps * kStep, 0, 1);
+  if (step == steps - 1) store_tiles<2, 2>(to, 2 * kTile, kTile);
 }
 
 void attend(const AmxAttention& s, const Keys& keys, const uint16_t* q, float* o, __m512* maximum, __m512* sum) {
-  const int64_t depth = round_up(s.depth, kDepth), pairs = ceil_div(s.keys, kDepth), most = kForwardKeys / kDepth;
+  const int64_t depth = round_up(s.depth, kDepth), steps = depth / kDepth;
+  const int64_t pairs = ceil_div(s.keys, kDepth), most = kForwardKeys / kDepth;
   const __m512 factor = _mm512_set1_ps(std::fabs(s.scale) * kLog2E);
   alignas(64) float scores[2][kForwardKeys * kForwardQueries];
   alignas(64) uint16_t weights[kForwardKeys * kForwardQueries];  // [pair][query tile]: right tiles
   int current = 0;
-  for (int64_t t = 0; t < std::min(most, pairs); ++t)
-    multiply_scores(keys.rows.get() + t * kDepth * depth, q, depth, scores[0] + t * kPair);
+  auto product = [&](int64_t first, int64_t t, int64_t step, int buffer) {
+    const uint16_t* left = keys.rows.get() + (first + t) * kDepth * depth;
+    if (first + t < pairs) multiply_pair(left, q, depth, step, scores[buffer] + t * kPair);
+  };
+  for (int64_t t = 0; t < most; ++t)
+    for (int64_t step = 0; step < steps; ++step) product(0, t, step, 0);
 
   for (int64_t first = 0; first < pairs; first += most, current ^= 1) {
     const int64_t count = std::min(most, pairs - first), valid = s.keys - first * kDepth;
@@ -176,21 +182,24 @@ void attend(const AmxAttention& s, const Keys& keys, const uint16_t* q, float* o
       }
     }
     fence();
-    for (int64_t t = 0; t < count; ++t) {  // the next block's products run beside this one's exponentials
-      if (first + most + t < pairs)
-        multiply_scores(keys.rows.get() + (first + most + t) * kDepth * depth, q, depth, scores[current ^ 1] + t * kPair);
-      for (int64_t j = 0; j < 2; ++j) {
-        uint16_t* to = weights + (t * 2 + j) * kStep;
-        auto weight = [&](int64_t key) {
-          __m512 p = exp2_of(_mm512_fmsub_ps(row(j, key), factor, shift[j]));
-          return key < valid ? p : _mm512_setzero_ps();
-        };
-        for (int64_t key = t * kDepth; key < (t + 1) * kDepth; key += 2, to += kDepth) {
-          const __m512 a = weight(key), b = weight(key + 1);
-          sum[j] = _mm512_add_ps(sum[j], _mm512_add_ps(a, b));
-          const __m512i both = rounded(a, b);
-          _mm512_store_si512(to, interleave(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1)));
+    for (int64_t t = 0; t < count; ++t) {
+      auto weigh = [&](int64_t i) {  // two keys
+        const int64_t key = t * kDepth + i;
+        for (int64_t j = 0; j < 2; ++j) {
+          __m512 p[2];
+          for (int64_t m = 0; m < 2; ++m) {
+            p[m] = exp2_of(_mm512_fmsub_ps(row(j, key + m), factor, shift[j]));
+            if (key + m >= valid) p[m] = _mm512_setzero_ps();
+          }
+          sum[j] = _mm512_add_ps(sum[j], _mm512_add_ps(p[0], p[1]));
+          const __m512i both = rounded(p[0], p[1]);
+          _mm512_store_si512(weights + (t * 2 + j) * kStep + i / 2 * kDepth,
+                             interleave(_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64(both, 1)));
         }
+      };
+      for (int64_t step = 0; step < steps; ++step) {  // the next block's products run between this one's exponentials
+        product(first + most, t, step, current ^ 1);
+        for (int64_t i = 16 * step / steps; i < 16 * (step + 1) / steps; ++i) weigh(2 * i);
       }
     }
     fence();
@@ -278,23 +287,20 @@ struct Queries {
 // One block of keys: operands and sums.
 struct KeyBlock {
   Buffer<uint16_t> rows, values, columns;
-  Buffer<float> dk, dv;  // [key tile][depth by 16][16][16]
+  Buffer<float> dk, dv;    // [key tile][depth by 16][16][16]
+  Buffer<uint16_t> p, ds;  // weights and their scores' gradients, [key tile][query step]: left tiles
+  Buffer<uint16_t> ds_right;  // [query tile][key step]: right tiles
 
   explicit KeyBlock(int64_t depth)
       : rows(buffer<uint16_t>(kBackwardKeys * depth)),
         values(buffer<uint16_t>(kBackwardKeys * depth)),
         columns(buffer<uint16_t>(kBackwardKeys * depth)),
         dk(buffer<float>(kBackwardKeys * depth)),
-        dv(buffer<float>(kBackwardKeys * depth)) {}
+        dv(buffer<float>(kBackwardKeys * depth)),
+        p(buffer<uint16_t>(kBackwardKeys * kBackwardQueries)),
+        ds(buffer<uint16_t>(kBackwardKeys * kBackwardQueries)),
+        ds_right(buffer<uint16_t>(kBackwardKeys * kBackwardQueries)) {}
 };
-
-// 32 keys x 32 queries of scores, or of the weights' gradients, among tiles [key][2 * query_pairs].
-void multiply_pair(const uint16_t* keys, const uint16_t* queries, int64_t depth, float* to) {
-  const int64_t steps = depth / kDepth;
-  zero_tiles<2, 2>();
-  multiply<2, 2>(keys, keys + kRows * depth, depth * 2, kDepth, queries, queries + steps * kStep, kStep, steps);
-  store_tiles<2, 2>(to, kBackwardQueries / kColumns * kTile, kTile);
-}
 
 // sums[i][j] += the products over `steps`; [M tiles][N tiles], each tile's neighbours m_stride and n_stride tiles away.
 void accumulate(float* sums, int64_t m, int64_t n, int64_t m_stride, int64_t n_stride, const uint16_t* left,
@@ -313,67 +319,60 @@ void accumulate(float* sums, int64_t m, int64_t n, int64_t m_stride, int64_t n_s
 
 // Adds one block of keys' share to dq, and sums up their dk and dv.
 void pass_queries(const AmxAttention& s, const Queries& all, KeyBlock& block, int64_t valid, float* dq) {
-  constexpr int64_t kQueryTiles = kBackwardQueries / kColumns, kQuerySteps = kBackwardQueries / kDepth;
-  constexpr int64_t kKeySteps = kBackwardKeys / kDepth;
-  const int64_t depth = round_up(s.depth, kDepth), across = depth / kColumns, rows = round_up(s.queries, kDepth);
-  const int64_t key_steps = ceil_div(valid, kDepth);
+  constexpr int64_t kQuerySteps = kBackwardQueries / kDepth, kKeySteps = kBackwardKeys / kDepth;
+  const int64_t depth = round_up(s.depth, kDepth), steps = depth / kDepth, across = depth / kColumns;
+  const int64_t rows = round_up(s.queries, kDepth), key_steps = ceil_div(valid, kDepth);
   const __m512 factor = _mm512_set1_ps(std::fabs(s.scale) * kLog2E);
-  alignas(64) float scores[2][kBackwardKeys * kBackwardQueries], slopes[2][kBackwardKeys * kBackwardQueries];
-  alignas(64) uint16_t p[kBackwardKeys * kBackwardQueries];   // [key tile][query step]: left tiles
-  alignas(64) uint16_t ds[kBackwardKeys * kBackwardQueries];  // likewise
-  alignas(64) uint16_t ds_right[kBackwardKeys * kBackwardQueries];  // [query tile][key step]: right tiles
+  alignas(64) float products[2][2][kPair];  // of 32 keys and 32 queries: scores, and the gradients of their weights
 
-  auto products = [&](int64_t first, int64_t key_step, int64_t query_step, int buffer) {
-    const int64_t query = (first + query_step * kDepth) * depth, key = key_step * kDepth * depth;
-    const int64_t at = (key_step * 2 * kQueryTiles + query_step * 2) * kTile;
-    multiply_pair(block.rows.get() + key, all.q_columns.get() + query, depth, scores[buffer] + at);
-    multiply_pair(block.values.get() + key, all.grad_columns.get() + query, depth, slopes[buffer] + at);
-  };
-  auto query_steps = [&](int64_t first) { return std::min(kQuerySteps, (rows - first) / kDepth); };
-  for (int64_t i = 0; i < key_steps; ++i)
-    for (int64_t j = 0; j < query_steps(0); ++j) products(0, i, j, 0);
-
-  int current = 0;
-  for (int64_t first = 0; first < rows; first += kBackwardQueries, current ^= 1) {
-    const int64_t steps = query_steps(first), next = first + kBackwardQueries;
-    for (int64_t i = 0; i < key_steps; ++i) {
-      for (int64_t j = 0; j < kQuerySteps; ++j) {  // the next block's products run beside this one's exponentials
-        if (next < rows && j < query_steps(next)) products(next, i, j, current ^ 1);
-        if (j >= steps) continue;
-        __m512 lse[2], delta[2];
-        for (int64_t n = 0; n < 2; ++n) {
-          lse[n] = _mm512_loadu_ps(all.lse.get() + first + j * kDepth + n * kColumns);
-          delta[n] = _mm512_loadu_ps(all.delta.get() + first + j * kDepth + n * kColumns);
-        }
-        for (int64_t key = i * kDepth; key < (i + 1) * kDepth; key += 2) {
-          __m512i rows_of_ds[2];
-          for (int64_t m = 0; m < 2; ++m) {
-            const int64_t tile = (key + m) / kRows, row = (key + m) % kRows;
-            const int64_t from = (tile * kQueryTiles + j * 2) * kTile + row * kColumns;
-            const int64_t to = (tile * kQuerySteps + j) * kStep + row * kDepth;
-            __m512 weight[2], slope[2];
-            for (int64_t n = 0; n < 2; ++n) {
-              weight[n] = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(scores[current] + from + n * kTile), factor, lse[n]));
-              slope[n] = _mm512_sub_ps(_mm512_load_ps(slopes[current] + from + n * kTile), delta[n]);
-              slope[n] = _mm512_mul_ps(weight[n], slope[n]);
-              if (key + m >= valid) weight[n] = slope[n] = _mm512_setzero_ps();
-            }
-            rows_of_ds[m] = rounded(slope[0], slope[1]);
-            _mm512_store_si512(p + to, rounded(weight[0], weight[1]));
-            _mm512_store_si512(ds + to, rows_of_ds[m]);
-          }
-          uint16_t* to = ds_right + (j * 2 * kKeySteps + i) * kStep + key % kDepth / 2 * kDepth;
-          _mm512_store_si512(to, interleave_half<false>(rows_of_ds[0], rows_of_ds[1]));
-          _mm512_store_si512(to + kKeySteps * kStep, interleave_half<true>(rows_of_ds[0], rows_of_ds[1]));
-        }
+  for (int64_t first = 0; first < rows; first += kBackwardQueries) {
+    const int64_t query_steps = std::min(kQuerySteps, (rows - first) / kDepth), pairs = key_steps * query_steps;
+    for (int64_t t = 0; t <= pairs; ++t) {  // a pair's products run between the exponentials of the one before
+      const int64_t key = t / query_steps * kDepth * depth, query = (first + t % query_steps * kDepth) * depth;
+      const int64_t i = (t - 1) / query_steps, j = (t - 1) % query_steps;
+      const float *scores = products[(t - 1) & 1][0], *slopes = products[(t - 1) & 1][1];
+      __m512 lse[2], delta[2];
+      for (int64_t n = 0; n < 2 && t > 0; ++n) {
+        lse[n] = _mm512_loadu_ps(all.lse.get() + first + j * kDepth + n * kColumns);
+        delta[n] = _mm512_loadu_ps(all.delta.get() + first + j * kDepth + n * kColumns);
       }
+      auto weigh = [&](int64_t row) {  // two keys
+        __m512i rows_of_ds[2];
+        for (int64_t m = 0; m < 2; ++m) {
+          const int64_t tile = (row + m) / kRows, from = tile * 2 * kTile + (row + m) % kRows * kColumns;
+          const int64_t to = ((i * 2 + tile) * kQuerySteps + j) * kStep + (row + m) % kRows * kDepth;
+          __m512 weight[2], slope[2];
+          for (int64_t n = 0; n < 2; ++n) {
+            weight[n] = exp2_of(_mm512_fmsub_ps(_mm512_load_ps(scores + from + n * kTile), factor, lse[n]));
+            slope[n] = _mm512_mul_ps(weight[n], _mm512_sub_ps(_mm512_load_ps(slopes + from + n * kTile), delta[n]));
+            if (i * kDepth + row + m >= valid) weight[n] = slope[n] = _mm512_setzero_ps();
+          }
+          rows_of_ds[m] = rounded(slope[0], slope[1]);
+          _mm512_store_si512(block.p.get() + to, rounded(weight[0], weight[1]));
+          _mm512_store_si512(block.ds.get() + to, rows_of_ds[m]);
+        }
+        uint16_t* to = block.ds_right.get() + (j * 2 * kKeySteps + i) * kStep + row / 2 * kDepth;
+        _mm512_store_si512(to, interleave_half<false>(rows_of_ds[0], rows_of_ds[1]));
+        _mm512_store_si512(to + kKeySteps * kStep, interleave_half<true>(rows_of_ds[0], rows_of_ds[1]));
+      };
+      for (int64_t step = 0; step < steps; ++step) {
+        if (t < pairs)
+          multiply_pair(block.rows.get() + key, all.q_columns.get() + query, depth, step, products[t & 1][0]);
+        for (int64_t row = 8 * step / steps; row < 8 * (step + 1) / steps && t > 0; ++row) weigh(2 * row);
+      }
+      for (int64_t step = 0; step < steps; ++step) {
+        if (t < pairs)
+          multiply_pair(block.values.get() + key, all.grad_columns.get() + query, depth, step, products[t & 1][1]);
+        for (int64_t row = 8 * step / steps; row < 8 * (step + 1) / steps && t > 0; ++row) weigh(16 + 2 * row);
+      }
+      fence();
     }
-    fence();
     const uint16_t *q = all.q_depth.get() + first * depth, *grad = all.grad_depth.get() + first * depth;
-    accumulate(block.dv.get(), key_steps * 2, across, across, 1, p, kQuerySteps, 1, grad, 1, across, steps);
-    accumulate(block.dk.get(), key_steps * 2, across, across, 1, ds, kQuerySteps, 1, q, 1, across, steps);
-    accumulate(dq + first * depth, across, steps * 2, 1, across, block.columns.get(), 1, across, ds_right, kKeySteps, 1,
-               key_steps);
+    const int64_t tiles = key_steps * 2;
+    accumulate(block.dv.get(), tiles, across, across, 1, block.p.get(), kQuerySteps, 1, grad, 1, across, query_steps);
+    accumulate(block.dk.get(), tiles, across, across, 1, block.ds.get(), kQuerySteps, 1, q, 1, across, query_steps);
+    accumulate(dq + first * depth, across, query_steps * 2, 1, across, block.columns.get(), 1, across,
+               block.ds_right.get(), kKeySteps, 1, key_steps);
     fence();
   }
 }
