@@ -40,7 +40,7 @@ def report() -> dict[str, Any]:
             "VMAE_KERNELS": os.environ.get("VMAE_KERNELS", "auto"),
             "CPU": "the PyTorch references",
             "CUDA": "the Triton kernels where Triton is installed",
-            "causal_conv3d": _csrc.facts().get("missing") or _extension(_csrc.facts()),
+            "extension": _csrc.facts().get("missing") or _extension(_csrc.facts()),
         },
         "convolutions": [
             {
@@ -69,7 +69,8 @@ def show(facts: dict[str, Any], indent: str = "") -> str:
 
 def _extension(facts: dict[str, Any]) -> str:
     cuda = f"CUDA {facts['cuda']} for {', '.join(facts['architectures'])}" if facts["cuda"] else "the CPU alone"
-    return f"the extension, built for {cuda}; AMX {'used' if facts.get('amx') else 'not there'}"
+    cpu = "AMX for causal_conv3d and attention in bfloat16" if facts.get("amx") else "no AMX here"
+    return f"built for {cuda}; {cpu}"
 
 
 def _version(package: str) -> str | None:

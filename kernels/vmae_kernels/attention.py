@@ -1,4 +1,7 @@
-"""Memory-efficient attention: dense, through an index into keys and values, and on packed sequences."""
+"""Memory-efficient attention: dense, through an index into keys and values, and on packed sequences.
+
+On a CPU with AMX, bfloat16 is computed by the extension of csrc/, where it was built.
+"""
 
 import math
 from typing import Any, NamedTuple
