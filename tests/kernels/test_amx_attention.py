@@ -124,6 +124,30 @@ def test_large_scores():
     torch.testing.assert_close(out.double(), naive(*(x.double() for x in tensors), 1.0), rtol=8e-3, atol=8e-3)
 
 
+def test_a_block_of_keys_that_do_not_count():
+    """Scores of -inf alone, as many as there are keys in the first block and more."""
+    q, k, v = (x.detach() for x in inputs(1, 2, 40, 700, 16, torch.bfloat16))
+    q[..., 0], k[..., 0] = 1.0, 0.0
+    k[:, :, :600, 0] = -math.inf
+    torch.testing.assert_close(attention(q, k, v), attention(q, k[:, :, 600:], v[:, :, 600:]), rtol=0, atol=8e-3)
+
+
+def test_scores_far_below_zero():
+    """A key that is none, of score 0, would weigh infinitely much beside them."""
+    q, k, v = inputs(1, 2, 33, 33, 16, torch.bfloat16)
+    tensors = [x.detach() for x in (q, k * 0.1, v)]
+    tensors[0][..., 0], tensors[1][..., 0] = 30.0, -30.0
+    tensors = [x.requires_grad_() for x in tensors]
+    grad = rand(1, 2, 33, 16, seed=9, dtype=torch.bfloat16)
+    got = run(lambda *x: attention(*x, scale=1.0), tensors, grad)
+    truth = run(lambda *x: naive(*x, 1.0), [x.detach().double().requires_grad_() for x in tensors], grad.double())
+    for ours, exact in zip(got, truth, strict=True):
+        assert ours.isfinite().all()
+        # But for what a gradient's roundings times 30 leave where their sum is 0.
+        ours, exact = ours[..., 1:].double(), exact[..., 1:]
+        torch.testing.assert_close(ours, exact, rtol=0.03, atol=0.03 * exact.abs().max().item())
+
+
 def test_packed_sequences_take_it_too():
     q, k, v = (rand(60, 2, 32, seed=s, dtype=torch.bfloat16) for s in range(3))
     cu = torch.tensor([0, 17, 60], dtype=torch.int32)
