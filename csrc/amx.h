@@ -131,8 +131,9 @@ inline __attribute__((always_inline)) void multiply(const uint16_t* left0, const
 
 // ---- Vectors --------------------------------------------------------------------------------------------------------
 
-inline __mmask16 first16(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
-inline __mmask32 first32(int64_t count) { return static_cast<__mmask32>((1ull << std::clamp<int64_t>(count, 0, 32)) - 1); }
+inline uint64_t lowest(int64_t count, int64_t most) { return (1ull << std::clamp<int64_t>(count, 0, most)) - 1; }
+inline __mmask16 first16(int64_t count) { return static_cast<__mmask16>(lowest(count, 16)); }
+inline __mmask32 first32(int64_t count) { return static_cast<__mmask32>(lowest(count, 32)); }
 
 inline __m256i load16(const uint16_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
 

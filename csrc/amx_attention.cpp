@@ -5,8 +5,8 @@
 // queries, o and dq, are transposed too, depth x queries. The depth is padded with zeros to whole steps.
 //
 // Forward: a unit of work is some queries of one head; it goes through the keys with a running maximum.
-// Backward: a unit is one head's keys, or a segment of them, in blocks whose dk and dv stay near while all queries pass;
-// dq is summed in fp32 per unit.
+// Backward: a unit is one head's keys, or a segment of them, in blocks whose dk and dv stay near while all queries
+// pass; dq is summed in fp32 per unit.
 #include "amx_attention.h"
 
 #include "amx.h"
@@ -82,8 +82,8 @@ void pack_columns(const uint16_t* x, int64_t stride, int64_t rows, int64_t depth
     }
 }
 
-// [rows, by 32][depth to 32, by 16]: tiles whose depth is x's rows; right ones, [16 pairs of rows][16][2], or, transposed,
-// left ones, [16][32 rows].
+// [rows, by 32][depth to 32, by 16]: tiles whose depth is x's rows; right ones, [16 pairs of rows][16][2], or,
+// transposed, left ones, [16][32 rows].
 template <bool LEFT>
 void pack_depth(const uint16_t* x, int64_t stride, int64_t rows, int64_t depth, uint16_t* to) {
   for (int64_t i = 0; i < rows; i += kDepth)
@@ -384,7 +384,8 @@ void write_rows(const float* sums, float factor, int64_t rows, int64_t depth, ui
     for (int64_t d = 0; d < depth; d += kColumns) {
       const float* from = sums + (i / kRows * across + d / kColumns) * kTile + i % kRows * kColumns;
       __m512 x = _mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(factor));
-      _mm256_mask_storeu_epi16(to + i * stride + d, first16(depth - d), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+      _mm256_mask_storeu_epi16(to + i * stride + d, first16(depth - d),
+                               reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
     }
 }
 
@@ -401,8 +402,10 @@ void amx_attention_backward(const AmxAttention& s, Input grad, Input q, Input k,
   auto write_dq = [&](int64_t head, float* sums, int64_t count, int64_t tile) {
     float* at = sums + tile * kColumns * depth;
     for (int64_t segment = 1; segment < count; ++segment)
-      for (int64_t i = 0; i < kColumns * depth; i += 16)
-        _mm512_storeu_ps(at + i, _mm512_add_ps(_mm512_loadu_ps(at + i), _mm512_loadu_ps(at + segment * rows * depth + i)));
+      for (int64_t i = 0; i < kColumns * depth; i += 16) {
+        const __m512 other = _mm512_loadu_ps(at + segment * rows * depth + i);
+        _mm512_storeu_ps(at + i, _mm512_add_ps(_mm512_loadu_ps(at + i), other));
+      }
     const int64_t row = tile * kColumns;
     write_transposed(at, kTile, _mm512_set1_ps(s.scale), s.queries - row, s.depth,
                      dq.at(head / s.heads, head % s.heads, row), dq.row);
