@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from vmae import checkpoint, distributed, doctor
+from vmae import checkpoint, distributed, doctor, planning
 from vmae.demo import demo, section
 from vmae.evaluation import table
 from vmae.features import encode_video
@@ -21,6 +21,7 @@ from vmae.pretraining import PretrainRun, cache, pretrain
 from vmae.probe import ProbeRun, probe
 from vmae.probe import table as table_of_probes
 from vmae.report import Masking, page
+from vmae.step import Step
 from vmae.tokenizer import AdaptiveTokenizer
 from vmae.tokenizer_training import TokenizerRun, evaluated, train_tokenizer
 from vmae.training import device_of
@@ -179,6 +180,26 @@ def doctor_(json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCre
     print(json.dumps(facts, indent=2) if json_ else doctor.show(facts))
 
 
+def plan_(
+    step: tyro.conf.OmitArgPrefixes[Step],
+    device: Annotated[Literal["here", "a100", "h100", "h200", "b200", "l40s", "rtx4090"], tyro.conf.arg()] = "here",
+    memory: str | None = None,
+    json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+) -> None:
+    """Predict a pretraining step's memory, arithmetic and least time, and the largest step that fits; needs no GPU.
+
+    Args:
+        step: what to predict.
+        device: what the step is to run on; "here" measures this machine for a second.
+        memory: what the device has, like 80GB or 24GiB, if not what is usual.
+        json_: print json.
+    """
+    known = None if memory is None else planning.parse_memory(memory)
+    step.config()  # says what is wrong before anything is measured
+    result = planning.plan(step, planning.DEVICES.get(device) or planning.this_device(), known)
+    print(json.dumps(planning.facts(result), indent=2) if json_ else planning.table(result))
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor_,
     "demo": demo,
@@ -189,6 +210,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "encode": encode,
     "show": show,
+    "plan": plan_,
 }
 
 

@@ -144,7 +144,8 @@ class VideoMAE(nn.Module, Saved):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        if not self.mask_token.is_meta:  # what it draws is looked at, and nothing is there to look at
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(
         self,

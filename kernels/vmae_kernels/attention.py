@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _csrc, reference
 from ._checks import FLOATS, INTEGERS, count, dtype_in, same_device, same_dtype, sizes
@@ -505,6 +506,35 @@ register(
     reference.attention_varlen_backward,
     fake=_fake_varlen_backward,
 )
+
+
+# For torch.utils.flop_counter, as it counts PyTorch's attention: two products forward, five backward. The lengths of
+# packed sequences are data, so their bounds count.
+
+
+def _products(n: int, q: list[int], k: list[int], kv_indices: list[int] | None = None, cu_q=None, max_k=0) -> int:
+    keys = kv_indices[1] if kv_indices else max_k if cu_q else k[2]
+    return 2 * n * math.prod(q) * keys
+
+
+@register_flop_formula([ops.attention_cpu, ops.attention_kernel])
+def _forward_flops(q, k, v, scale, kv_indices=None, cu_q=None, cu_k=None, max_q=0, max_k=0, **_) -> int:
+    return _products(2, q, k, kv_indices, cu_q, max_k)
+
+
+@register_flop_formula([ops.attention_cpu_backward, ops.attention_kernel_backward])
+def _backward_flops(grad, q, k, v, o, lse, scale, kv_indices=None, cu_q=None, cu_k=None, max_q=0, max_k=0, **_) -> int:
+    return _products(5, q, k, kv_indices, cu_q, max_k)
+
+
+@register_flop_formula(ops.attention_varlen_reference)
+def _varlen_flops(q, k, v, cu_q, cu_k, max_q, max_k, *_, **__) -> int:
+    return _products(2, q, k, None, cu_q, max_k)
+
+
+@register_flop_formula(ops.attention_varlen_reference_backward)
+def _varlen_backward_flops(grad, q, k, v, o, lse, cu_q, cu_k, max_q, max_k, *_, **__) -> int:
+    return _products(5, q, k, None, cu_q, max_k)
 
 
 def _check_values(q: Tensor, k: Tensor, v: Tensor) -> None:

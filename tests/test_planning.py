@@ -1,0 +1,203 @@
+"""Predictions against measured memory, counted arithmetic and brute force."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmae import VideoMAE, VideoMAEConfig, planning
+from vmae.planning import DEVICES, GIB, costs, parse_memory, plan
+from vmae.step import PARTS, Step, inputs, optimizer_of, run
+
+TINY = Step("tiny", frames=16, size=64, precision="fp32")
+ROUND = {"bf16": 1e12, "fp32": 1e11, "bandwidth": 1e10, "attention": 1.0, "call": 0.0}
+
+
+def arithmetic(step: Step) -> int:
+    """FLOP of one step in closed form: products forward, twice as many backward; attention's are seven in all."""
+    c = step.config()
+    t, h, w = step.grid
+    visible = t * (h * w - math.floor(c.mask_ratio * h * w))
+    decoded = math.floor(c.budget * step.tokens + 0.5)
+
+    def blocks(depth, width, n):
+        return depth * (3 * 24 * n * width**2 + 14 * n**2 * width)
+
+    products = c.width * visible * c.decoder_width + c.decoder_width * decoded * c.latent_width
+    embedding = 2 * 2 * visible * 1536 * c.width  # no gradient of the pixels
+    total = blocks(c.depth, c.width, visible) + blocks(c.decoder_depth, c.decoder_width, visible + decoded)
+    return step.batch * (total + 3 * 2 * products + embedding)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("step", [TINY, Step("base"), Step("large", frames=1024, batch=3)])
+def test_arithmetic_in_closed_form(step, precision):
+    predicted = costs(replace(step, precision=precision)).flops()
+    assert sum(predicted.values()) == pytest.approx(arithmetic(step), rel=1e-6)
+    assert list(predicted) == list(PARTS)
+
+
+def test_arithmetic_as_counted_while_it_is_done():
+    model = VideoMAE(TINY.config())
+    clip, tokens = inputs(TINY)
+    with FlopCounterMode(display=False, custom_mapping={}) as counter:
+        run(model, optimizer_of(model), clip, tokens, "bf16")  # whose attention has formulas of its own
+    assert counter.get_total_flops() == sum(costs(replace(TINY, precision="bf16")).flops().values())
+
+
+MEASURE = """
+import gc, json, sys, torch
+from pathlib import Path
+from vmae.step import Step, inputs, optimizer_of, run
+from vmae import VideoMAE
+
+def resident(field):
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
+
+settings = json.loads(sys.argv[1])
+run_on = lambda step: (step, model := VideoMAE(step.config()).train(), optimizer_of(model), *inputs(step))
+def once(step, model, optimizer, clip, tokens):
+    model.checkpointing = step.checkpointing
+    run(model, optimizer, clip, tokens, step.precision)
+once(*run_on(Step("tiny", frames=16, size=64, precision=settings["precision"])))  # what is allocated once
+gc.collect()
+before = resident("VmRSS")
+state = run_on(Step(**settings))
+once(*state)
+idle = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+once(*state)
+print(json.dumps([idle - before, resident("VmHWM") - before]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is read from /proc")
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step("small", frames=16, precision="fp32"),
+        Step("base", frames=32, size=112, precision="fp32", checkpointing=True),
+        Step("small", frames=32, size=112, batch=2, budget=1, precision="fp32"),
+        Step("small", frames=32, size=112, precision="bf16"),
+    ],
+    ids=str,
+)
+def test_memory_as_measured(step, monkeypatch):
+    # Makes the C library give back at once what is freed, so that resident is what is in use.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    settings = json.dumps(planning.asdict(step))
+    done = subprocess.run([sys.executable, "-c", MEASURE, settings], capture_output=True, check=True, text=True)
+    idle, peak = json.loads(done.stdout)
+    predicted = costs(step, cuda=False)
+    assert predicted.idle == pytest.approx(idle, rel=0.1)
+    assert predicted.peak == pytest.approx(peak, rel=0.1)
+    assert predicted.peak - predicted.idle == pytest.approx(peak - idle, rel=0.1)
+
+
+def test_peak_by_component():
+    predicted = costs(TINY, cuda=False)
+    model = VideoMAE(TINY.config())
+    weights = sum(-(-x.nbytes // 512) * 512 for x in (*model.parameters(), *model.buffers()))
+    assert predicted.memory["weights and positions"] == weights
+    moments = sum(2 * -(-p.nbytes // 512) * 512 + 512 for p in model.parameters())  # and a step's number
+    assert predicted.memory["optimizer"] == moments
+    assert predicted.idle == weights + moments + predicted.memory["clips and tokens"]
+    assert predicted.peak == sum(predicted.memory.values()) > predicted.idle
+    matrices = sum(2 * p.numel() for p in model.parameters() if p.ndim == 2)
+    longer = replace(TINY, frames=256)  # its peak is not in the optimizer, when the casts are gone
+    assert "weights as bf16" not in costs(longer).memory
+    assert costs(replace(longer, precision="bf16")).memory["weights as bf16"] == pytest.approx(matrices, rel=0.1)
+
+
+def test_memory_grows_with_what_it_should():
+    peak = costs(Step("small")).peak
+    assert costs(Step("small", checkpointing=True)).peak < peak < costs(Step("small", budget=0.5)).peak
+    assert peak < costs(Step("small", batch=2)).peak
+    assert costs(Step("small"), cuda=False).peak < peak  # CUDA's autocast normalises in float32
+    a, b, c = (costs(Step("small", frames=frames)).peak for frames in (128, 192, 256))
+    assert c - b == pytest.approx(b - a, rel=0.01)  # a straight line
+
+
+@pytest.mark.parametrize("memory", [1.05, 1.5])
+def test_largest_is_the_largest(memory):
+    device = DEVICES["h100"]
+    found = plan(TINY, device, memory * GIB)
+    assert planning.needed(costs(replace(TINY, frames=found.frames))) <= memory * GIB
+    assert planning.needed(costs(replace(TINY, frames=found.frames + 2))) > memory * GIB
+    assert planning.needed(costs(replace(TINY, batch=found.batch))) <= memory * GIB
+    assert planning.needed(costs(replace(TINY, batch=found.batch + 1))) > memory * GIB
+
+
+@pytest.mark.parametrize("need", [lambda n: 7 * n + 3, lambda n: 5 * n + 20 * (n > 30), lambda n: max(9 * n, 200)])
+@pytest.mark.parametrize("start", [1, 40, 100])
+@pytest.mark.parametrize("room", [0, 10, 100, 199, 200, 333, 10_000])
+def test_search(need, start, room):
+    wanted = max((n for n in range(1, 101) if need(n) <= room), default=0)
+    assert planning._largest(need, room, start, 100) == wanted
+
+
+def test_nothing_fits():
+    found = plan(TINY, DEVICES["h100"], 0.5 * GIB)
+    assert (found.frames, found.batch) == (0, 0)
+    assert "does NOT fit" in planning.table(found)
+    assert "no clip is short enough" in planning.table(found)
+    assert planning.facts(found)["fits"] is False
+
+
+def test_time_is_that_of_the_slowest_limit():
+    step = costs(TINY, cuda=False)
+    device = DEVICES["h100"]._replace(**ROUND)
+    total = sum(max(w.flops / 1e11, w.bytes / 1e10) for w in step.work)
+    assert step.seconds(device) == pytest.approx(total)
+    assert step.seconds(device._replace(call=1.0)) == len(step.work)
+    assert step.seconds(device._replace(attention=0.01)) > step.seconds(device)
+    half = costs(replace(TINY, precision="bf16"), cuda=False)
+    assert half.seconds(device._replace(bf16=1e9)) > half.seconds(device)
+    assert step.seconds(device._replace(bf16=1e9)) == step.seconds(device)
+
+
+def test_this_device_is_measured():
+    device = planning.this_device()
+    assert all(value > 0 for value in (device.bf16, device.fp32, device.bandwidth, device.memory, device.call))
+    assert 0 < device.attention <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("80GB", 80e9), ("24 GiB", 24 * 2**30), ("1.5tb", 1.5e12), ("512MiB", 2**29), ("8G", 8e9)]
+)
+def test_memory_as_people_write_it(text, wanted):
+    assert parse_memory(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "80", "GB", "-3GB", "0GB", "80 gigs", "nanGB"])
+def test_no_memory(text):
+    with pytest.raises(ValueError, match="memory: expected an amount like 80GB or 24GiB, got"):
+        parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 15}, "frames: expected a positive multiple of 2, got 15"),
+        ({"size": 100}, "size: expected a positive multiple of 16, got 100"),
+        ({"budget": 0.95}, "budget: expected 1 to"),
+        ({"budget": 1.5}, "budget: expected a number from 0 to 1, got 1.5"),
+        ({"batch": 0}, "batch: expected at least 1, got 0"),
+    ],
+)
+def test_steps_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        costs(replace(TINY, **changes))
+
+
+def test_a_model_without_memory():
+    with torch.device("meta"):
+        model = VideoMAE(VideoMAEConfig.large())
+    assert all(x.is_meta for x in (*model.parameters(), *model.buffers()))
