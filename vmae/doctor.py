@@ -24,7 +24,7 @@ def report() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
-            "bf16": "native" if _native_bf16() else "emulated: use --precision fp32",
+            "bf16": "native" if native_bf16() else "emulated: use --precision fp32",
         },
         "memory_gib": _memory_gib(),
         "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
@@ -90,7 +90,7 @@ def _ffmpeg() -> str | None:
     )
 
 
-def _native_bf16() -> bool:
+def native_bf16() -> bool:
     """Whether matrix products in bfloat16 are the processor's own (AVX-512 BF16, AMX or Arm's)."""
     if platform.machine() in ("arm64", "aarch64"):
         return True

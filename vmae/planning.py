@@ -155,7 +155,7 @@ class Recorder(TorchDispatchMode):
             dtype = made[0].dtype if made else torch.float32
             moved = sum(x.numel() * x.element_size() for x in given + made)
             self.work.append(
-                Work(self.part, func._overloadpacket.__name__, dtype, _flops(func, args, kwargs, out), moved)
+                Work(self.part, func._overloadpacket.__name__, dtype, flops_of(func, args, kwargs, out), moved)
             )
         return out
 
@@ -178,7 +178,7 @@ class Recorder(TorchDispatchMode):
         return number if number is not None and self.labels[number] == label else None
 
 
-def _flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
+def flops_of(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
     packet = func._overloadpacket
     if packet in flop_registry:
         return flop_registry[packet](*args, **kwargs, out_val=out)

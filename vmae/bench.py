@@ -1,0 +1,352 @@
+"""What one pretraining step takes on this machine: time by part, memory and arithmetic, after a check of its results.
+
+Every case is measured in a process of its own: `python -m vmae.bench '{"step": {"frames": 16}}'`.
+"""
+
+import contextlib
+import ctypes
+import gc
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vmae.mae import IMAGENET_MEAN, IMAGENET_STD, VideoMAE
+from vmae.masking import tube_mask
+from vmae.planning import flops_of
+from vmae.step import Mark, Step, inputs, optimizer_of, run, train
+from vmae.tokens import TUBELET, Tokens
+
+Way = Literal["vmae", "references", "plain", "dual-masking", "huggingface"]
+CHECKED_FRAMES = 16  # gradients are compared on clips of at most so many
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of loss and gradient, beside the same in float32 and plain PyTorch
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step, and who does it."""
+
+    step: Step = field(default_factory=Step)
+    way: Way = "vmae"
+    """"vmae"; "references": the same with VMAE_KERNELS=torch; "plain": the same work in plain PyTorch; "dual-masking":
+    VideoMAEv2's decoder, on pixels and a running cell of tokens, in plain PyTorch; "huggingface": its VideoMAE, which
+    decodes all tokens, whatever the budget."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    rounds: int = 3
+    """Steps that are timed, or fewer: not less than one, and none begins after `limit` seconds of them."""
+    limit: float = 10.0
+
+    def __post_init__(self):
+        if self.way not in get_args(Way):
+            raise ValueError(f"way: expected one of {', '.join(get_args(Way))}, got {self.way!r}")
+
+
+class Subject(NamedTuple):
+    """What is measured: a step that trains `model`, and its loss by other means."""
+
+    model: nn.Module
+    step: Callable[[Mark], Tensor]
+    expected: Callable[[], Tensor]
+    """The loss that the next step is to give; differentiable, unless it is another model's."""
+
+
+class OutOfMemory(RuntimeError):
+    """The case needs more memory than there is."""
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Seconds, parts (seconds each), bytes and FLOP of a case, measured in this process, which should do nothing else.
+
+    Raises:
+        ValueError: no model can do such a step, or its results are wrong: then nothing is measured.
+    """
+    os.environ["VMAE_KERNELS"] = "torch" if case.way == "references" else os.environ.get("VMAE_KERNELS", "auto")
+    memory = _CudaMemory() if case.device == "cuda" else _CpuMemory()
+    error = check(case)
+    before = memory.now()
+    subject = _subject(case)
+    with torch.no_grad():
+        expected = float(subject.expected())
+    gc.collect()
+    idle = memory.now()
+    memory.forget_peak()
+    with _Flops() as flops:
+        loss = float(subject.step(lambda part: None))
+    peak = memory.peak()
+    _compare("loss", abs(loss - expected), abs(expected), case)
+    memory.done()
+    times: list[dict[str, float]] = []
+    begin = time.perf_counter()
+    while not times or (len(times) < case.rounds and time.perf_counter() - begin < case.limit):
+        times.append(_timed(subject.step, case.device))
+    return {
+        "seconds": [sum(parts.values()) for parts in times],
+        "parts": {part: statistics.median(parts[part] for parts in times) for part in times[0]},
+        "bytes": None if idle is None or peak is None else peak - idle,
+        "bytes_between_steps": None if idle is None or before is None else idle - before,
+        "flops": flops.total,
+        "tokens": case.step.batch * case.step.tokens,
+        "loss": loss,
+        "checked": f"{'loss' if case.way == 'huggingface' else 'gradient'} of {min(case.step.frames, CHECKED_FRAMES)} "
+        f"frames within {error:.1e}, loss of all within {abs(loss - expected) / abs(expected):.1e} of another "
+        "implementation in float32",
+    }
+
+
+def in_a_process(case: Case, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """`measure` in a new process.
+
+    Raises:
+        OutOfMemory: the machine has too little.
+        ValueError: as there.
+    """
+    command = [sys.executable, "-m", "vmae.bench", json.dumps(asdict(case))]
+    child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
+    if child.returncode == 0:
+        return json.loads(child.stdout.splitlines()[-1])
+    said = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
+    # Killed by the system's own out-of-memory killer, or told by the allocator.
+    if child.returncode == -9 or "OutOfMemoryError" in said or "not enough memory" in said or "MemoryError" in said:
+        raise OutOfMemory(said)
+    raise ValueError(f"{case.way}: {said}")
+
+
+def check(case: Case) -> float:
+    """Compare the gradient of a short clip with the oracle's; returns how far it is off, relative to its norm.
+
+    Raises:
+        ValueError: too far.
+    """
+    step = replace(case.step, frames=min(case.step.frames, CHECKED_FRAMES), batch=1)
+    subject = _subject(replace(case, step=step))
+    parameters = list(subject.model.parameters())
+    loss = subject.expected()
+    linked = case.way != "huggingface"  # whose oracle is our model with copies of its weights: there the loss counts
+    wanted = torch.autograd.grad(loss, parameters, materialize_grads=True) if linked else (loss.detach(),)
+    got: list[Tensor] = []
+
+    def keep(part: str) -> None:
+        if part == "optimizer" and linked:
+            got.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters)
+
+    value = subject.step(keep)
+    pairs = list(zip(got if linked else [value], wanted, strict=True))
+    off = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs) ** 0.5
+    norm = sum(float(b.double().square().sum()) for _, b in pairs) ** 0.5
+    _compare("gradient" if linked else "loss", off, norm, case)
+    return off / norm
+
+
+def _compare(what: str, off: float, size: float, case: Case) -> None:
+    if not off <= TOLERANCE[case.step.precision] * size:
+        raise ValueError(
+            f"{case.way}: {what}: expected within {TOLERANCE[case.step.precision]:g} of another implementation's in "
+            f"float32, got {off / size:.2g}"
+        )
+
+
+def _timed(step: Callable[[Mark], Tensor], device: str) -> dict[str, float]:
+    """Seconds by part."""
+    marks: list[tuple[str, Any]] = []
+    if device == "cuda":
+
+        def mark(part: str) -> None:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            marks.append((part, event))
+
+        torch.cuda.synchronize()
+        step(mark)
+        torch.cuda.synchronize()
+        return {part: start.elapsed_time(end) / 1000 for (part, start), (_, end) in itertools.pairwise(marks)}
+    step(lambda part: marks.append((part, time.perf_counter())))
+    return {part: end - start for (part, start), (_, end) in itertools.pairwise(marks)}
+
+
+class _Flops(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.total += flops_of(func, args, kwargs or {}, out)
+        return out
+
+
+class _CudaMemory:
+    now = staticmethod(lambda: torch.cuda.memory_allocated())
+    peak = staticmethod(lambda: torch.cuda.max_memory_allocated())
+    forget_peak = staticmethod(lambda: torch.cuda.reset_peak_memory_stats())
+    done = staticmethod(lambda: None)
+
+
+class _CpuMemory:
+    """Resident memory on Linux; elsewhere None. Until `done` the C library gives back at once what is freed.
+
+    So what is resident is what is in use, as the allocator of CUDA counts it, and not what is kept for later.
+    """
+
+    TRIM, MMAP = -1, -3  # mallopt's names for its thresholds
+
+    def __init__(self):
+        self._set(1 << 16)
+
+    def now(self) -> int | None:
+        return self._status("VmRSS")
+
+    def peak(self) -> int | None:
+        return self._status("VmHWM")
+
+    def forget_peak(self) -> None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def done(self) -> None:
+        self._set(1 << 25)  # where the C library's own adaption ends
+
+    def _set(self, threshold: int) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # another C library
+            libc = ctypes.CDLL(None)
+            libc.mallopt(self.MMAP, threshold)
+            libc.mallopt(self.TRIM, 2 * threshold)
+            libc.malloc_trim(0)
+
+    def _status(self, name: str) -> int | None:
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            return None
+        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def _subject(case: Case) -> Subject:
+    if case.way == "huggingface":
+        return _huggingface(case)
+    step, config = case.step, case.step.config()
+    if case.way == "dual-masking":
+        config = replace(config, strategy="running_cell", target="pixels")
+    torch.manual_seed(0)
+    model = VideoMAE(config).to(case.device).train()
+    model.checkpointing = step.checkpointing
+    clip, tokens = inputs(step, case.device)
+    optimizer = optimizer_of(model)
+    if case.way in ("vmae", "references"):
+        return Subject(
+            model,
+            lambda mark: run(model, optimizer, clip, tokens, step.precision, mark),
+            lambda: plain(model, clip, tokens),
+        )
+    return Subject(
+        model,
+        lambda mark: train(lambda: plain(model, clip, tokens, mark), model, optimizer, step.precision, mark),
+        lambda: model(clip, tokens, seed=1),
+    )
+
+
+def plain(model: VideoMAE, clip: Tensor, tokens: Tokens, mark: Mark = lambda part: None) -> Tensor:
+    """The loss of `model(clip, tokens, seed=1)`, as one would write it in plain PyTorch.
+
+    With the strategy "running_cell" and pixels for a target this is VideoMAEv2's dual masking.
+    """
+    mark("embedding")
+    config = model.config
+    mask, selected = model.masks(clip, tokens, seed=1)
+    batch = torch.arange(len(clip), device=clip.device)[:, None]
+    t, h, w = TUBELET
+    patches = rearrange(clip, "b c (t i) (h j) (w k) -> b (t h w) (i j k) c", i=t, j=h, k=w)
+    mean, std = (clip.new_tensor(values, dtype=torch.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    seen = ((patches[batch, mask.visible].float() / 255 - mean) / std).flatten(2)
+    if patches.shape[1] != len(model.encoder_positions):
+        model._set_positions(patches.shape[1])
+    x = model.patch_embed(seen) + model.encoder_positions[mask.visible]
+    mark("encoder")
+    for block in model.blocks:
+        x = _plain_block(block, x)
+    x = model.norm(x)
+    mark("decoder")
+    positions = model.decoder_positions
+    x = torch.cat((model.to_decoder(x) + positions[mask.visible], model.mask_token + positions[selected]), 1)
+    for block in model.decoder_blocks:
+        x = _plain_block(block, x)
+    prediction = model.head(model.decoder_norm(x[:, mask.visible.shape[1] :]))
+    mark("loss")
+    if config.target == "latent":
+        return F.mse_loss(prediction.float(), tokens.latents[batch, selected])
+    pixels = patches[batch, selected].float() / 255
+    return F.mse_loss(
+        prediction.float(),
+        ((pixels - pixels.mean(2, keepdim=True)) / (pixels.var(2, keepdim=True).sqrt() + 1e-6)).flatten(2),
+    )
+
+
+def _plain_block(block: Any, x: Tensor) -> Tensor:
+    q, k, v = rearrange(block.attn.qkv(block.norm1(x)), "b n (s h d) -> s b h n d", s=3, h=block.attn.heads)
+    o = F.scaled_dot_product_attention(q, k, v)
+    x = x + block.attn.proj(rearrange(o, "b h n d -> b n (h d)"))
+    return x + block.mlp(block.norm2(x))
+
+
+def _huggingface(case: Case) -> Subject:
+    from transformers import VideoMAEConfig, VideoMAEForPreTraining
+
+    from vmae.videomae import read_videomae
+
+    step, ours = case.step, case.step.config()
+    torch.manual_seed(0)
+    config = VideoMAEConfig(
+        num_frames=step.frames, image_size=step.size, hidden_size=ours.width, num_hidden_layers=ours.depth,
+        num_attention_heads=ours.heads, intermediate_size=4 * ours.width, decoder_hidden_size=ours.decoder_width,
+        decoder_num_hidden_layers=ours.decoder_depth, decoder_num_attention_heads=ours.decoder_heads,
+        decoder_intermediate_size=4 * ours.decoder_width,
+    )  # fmt: skip
+    model: Any = VideoMAEForPreTraining(config)
+    model.to(case.device).train()
+    if step.checkpointing:
+        model.gradient_checkpointing_enable()
+    clip, _ = inputs(step, case.device)
+    mean, std = (torch.tensor(x, device=case.device)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    video = (clip.transpose(1, 2).float() / 255 - mean) / std
+    hidden = torch.ones(step.batch, step.tokens, dtype=torch.bool, device=case.device)
+    mask = tube_mask(step.grid, step.batch, mask_ratio=ours.mask_ratio, seed=1, device=case.device)
+    hidden.scatter_(1, mask.visible, False)
+    optimizer = optimizer_of(model)
+
+    def converted() -> Tensor:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            mine = read_videomae(Path(folder)).to(case.device)
+        return mine(clip, seed=1)
+
+    def step_(mark: Mark) -> Tensor:
+        mark("forward")
+        return train(lambda: model(video, bool_masked_pos=hidden).loss, model, optimizer, step.precision, mark)
+
+    return Subject(model, step_, converted)
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    case = Case(**{**settings, "step": Step(**settings.get("step", {}))})
+    try:
+        print(json.dumps(measure(case)))
+    except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()
