@@ -13,20 +13,20 @@ import ctypes
 import datetime
 import json
 import os
-import time
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from measuring import machine, resident
+from measuring import DEVICE, PRECISION, in_turns, machine, resident, seconds
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vmae_kernels import _csrc, causal_conv3d
 
 RESULTS = Path(__file__).parent / "results"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = torch.channels_last_3d
 
 # inputs, outputs, frames of a clip of 16, height and width, kernel, stride: of the base tokenizer at 224 x 224
@@ -104,19 +104,6 @@ def call(name: str, layer: str, frames: int, dtype: torch.dtype, backward: bool)
     return run
 
 
-def seconds(run: Callable[[], None]) -> float:
-    if DEVICE == "cuda":
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        run()
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last) / 1000
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def tidy() -> None:
     """From here on the C library gives back at once what is freed, which costs time, so that resident is in use."""
     library = ctypes.CDLL(None)
@@ -140,18 +127,27 @@ def peak_mib(run: Callable[[], None]) -> float:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("frames", [16, 128])
 @pytest.mark.parametrize("layer", list(LAYERS))
-@pytest.mark.parametrize("name", list(CONTESTANTS))
-def test_layer(benchmark, name, layer, frames, backward):
-    run = call(name, layer, frames, torch.bfloat16, backward)
-    benchmark.group = f"{layer}, {frames} frames, {'forward and backward' if backward else 'forward'}"
-    benchmark.extra_info.update(device=DEVICE, implementation=implementation())
-
-    def timed() -> None:
-        run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(timed, rounds=5 if frames == 128 else 15, warmup_rounds=2)
+def test_layer(benchmark, report, limits, layer, frames, backward):
+    dtype = torch.bfloat16 if PRECISION == "bf16" else torch.float32
+    runs = {name: call(name, layer, frames, dtype, backward) for name in CONTESTANTS}
+    x, weight, stride = inputs_of(layer, frames, dtype, "ours")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        y, wanted = ours(x, weight, stride), padded(x, weight, stride)
+    flops = counter.get_total_flops() / 2 * (3 if backward else 1)
+    off = float((y - wanted).abs().max() / wanted.abs().max())
+    if not off <= (0.02 if dtype == torch.bfloat16 else 1e-5):
+        raise AssertionError(f"ours gives another result than padding and convolving: {off:.2g}")
+    times = in_turns(runs, rounds=5 if frames == 128 else 15)
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    best = min((name for name in medians if name not in ("ours", "not causal")), key=medians.__getitem__)
+    benchmark.group = f"causal_conv3d, {layer}, {frames} frames, {'both' if backward else 'forward'}"
+    rate = flops / medians["ours"]
+    report(
+        times["ours"], checked=f"ours and pad agree within {off:.1e}", implementation=implementation(),
+        operation=f"causal_conv3d {layer}", frames=frames, dtype=str(dtype)[6:], backward=backward, seconds_of=medians,
+        best=best, speedup=medians[best] / medians["ours"], flops_per_s=rate,
+        share_of_limit=rate / (limits.bf16 if PRECISION == "bf16" else limits.fp32),
+    )  # fmt: skip
 
 
 def implementation() -> str:

@@ -1,12 +1,51 @@
-"""What the benchmarks share: memory of this process, and the machine they ran on."""
+"""What the benchmarks share: times, memory of this process, and the machine they ran on."""
 
+import functools
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from vmae.doctor import native_bf16
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PRECISION = "bf16" if DEVICE == "cuda" or native_bf16() else "fp32"  # where bf16 is emulated it is slower than fp32
+
+
+@functools.cache
+def _flushed() -> torch.Tensor:
+    return torch.empty(2**30 if DEVICE == "cuda" else 2**26, dtype=torch.int8, device=DEVICE)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Of one call, behind a long write: nothing that it reads is in a cache, and on CUDA its start does not count."""
+    _flushed().zero_()
+    if DEVICE == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        run()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1000
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], limit: float = 1.5, rounds: int = 30) -> dict[str, list[float]]:
+    """Seconds of each call of each: in turns, so that what else happens falls on all; 3 to 30 rounds."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    begin, count = time.perf_counter(), 0
+    while count < 3 or (count < rounds and time.perf_counter() - begin < limit):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+        count += 1
+    return times
 
 
 def resident(field: str) -> float:

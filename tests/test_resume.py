@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from vmae import AdaptiveTokenizer, TokenizerConfig, checkpoint
+from vmae.optimisation import Optimisation
 from vmae.pretraining import PretrainRun, pretrain
 from vmae.tokenizer_training import TokenizerRun, _TokenizerTraining, train_tokenizer
-from vmae.training import Clips, Optimisation
+from vmae.training import Clips
 
 STEPS = 8
 TIMINGS = {"clips_per_s", "waiting", "decoded_frames_per_s", "memory_gib"}

@@ -18,10 +18,10 @@ from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, batches
 from vmae.cache import Cache, CacheError
 from vmae.flow import flow_available, flow_scores
 from vmae.mae import everest_scores
+from vmae.optimisation import autocast
 from vmae.targets import Source, Targets, everest_source, flow_source, tokenizer_source
 from vmae.tokenizer import latents_of
 from vmae.tokens import Tokens
-from vmae.training import autocast
 from vmae.video import Augmentation, load_view
 
 CPU = torch.device("cpu")

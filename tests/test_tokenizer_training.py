@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from test_losses import vgg_weights
 
 from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, batches, checkpoint, tokenizer_training
+from vmae.optimisation import Optimisation
 from vmae.tokenizer_training import TokenizerRun, evaluated, train_tokenizer
-from vmae.training import PATIENCE, Clips, Optimisation, TrainingError
+from vmae.training import PATIENCE, Clips, TrainingError
 
 
 def run_on(data: Path, out: Path, *, steps: int = 6, size: int = 32, options: dict | None = None, **changes):

@@ -18,9 +18,10 @@ import torch
 
 from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, VideoMAE, batches, checkpoint, load_clip
 from vmae.masking import STRATEGIES
+from vmae.optimisation import Optimisation, learning_rate
 from vmae.pretraining import PretrainRun, pretrain
 from vmae.tokenizer_training import TokenizerRun, train_tokenizer
-from vmae.training import PATIENCE, Clips, Optimisation, TrainingError, learning_rate
+from vmae.training import PATIENCE, Clips, TrainingError
 from vmae.video import Augmentation
 
 

@@ -75,7 +75,7 @@ def measure(case: Case) -> dict[str, Any]:
         ValueError: no model can do such a step, or its results are wrong: then nothing is measured.
     """
     os.environ["VMAE_KERNELS"] = "torch" if case.way == "references" else os.environ.get("VMAE_KERNELS", "auto")
-    memory = _CudaMemory() if case.device == "cuda" else _CpuMemory()
+    memory = memory_of(case.device)
     error = check(case)
     before = memory.now()
     subject = _subject(case)
@@ -92,7 +92,7 @@ def measure(case: Case) -> dict[str, Any]:
     times: list[dict[str, float]] = []
     begin = time.perf_counter()
     while not times or (len(times) < case.rounds and time.perf_counter() - begin < case.limit):
-        times.append(_timed(subject.step, case.device))
+        times.append(timed(subject.step, case.device))
     return {
         "seconds": [sum(parts.values()) for parts in times],
         "parts": {part: statistics.median(parts[part] for parts in times) for part in times[0]},
@@ -159,7 +159,7 @@ def _compare(what: str, off: float, size: float, case: Case) -> None:
         )
 
 
-def _timed(step: Callable[[Mark], Tensor], device: str) -> dict[str, float]:
+def timed(step: Callable[[Mark], Tensor], device: str) -> dict[str, float]:
     """Seconds by part."""
     marks: list[tuple[str, Any]] = []
     if device == "cuda":
@@ -188,14 +188,16 @@ class _Flops(TorchDispatchMode):
         return out
 
 
-class _CudaMemory:
+class CudaMemory:
+    """Bytes that PyTorch's allocator has given out."""
+
     now = staticmethod(lambda: torch.cuda.memory_allocated())
     peak = staticmethod(lambda: torch.cuda.max_memory_allocated())
     forget_peak = staticmethod(lambda: torch.cuda.reset_peak_memory_stats())
     done = staticmethod(lambda: None)
 
 
-class _CpuMemory:
+class CpuMemory:
     """Resident memory on Linux; elsewhere None. Until `done` the C library gives back at once what is freed.
 
     So what is resident is what is in use, as the allocator of CUDA counts it, and not what is kept for later.
@@ -232,6 +234,10 @@ class _CpuMemory:
         except OSError:
             return None
         return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def memory_of(device: str) -> CudaMemory | CpuMemory:
+    return CudaMemory() if device == "cuda" else CpuMemory()
 
 
 def _subject(case: Case) -> Subject:

@@ -17,6 +17,7 @@ from vmae.evaluation import table
 from vmae.features import encode_video
 from vmae.mae import VideoMAE
 from vmae.mae_evaluation import evaluated_mae, mae_table
+from vmae.optimisation import device_of
 from vmae.pretraining import PretrainRun, cache, pretrain
 from vmae.probe import ProbeRun, probe
 from vmae.probe import table as table_of_probes
@@ -24,7 +25,6 @@ from vmae.report import Masking, page
 from vmae.step import Step
 from vmae.tokenizer import AdaptiveTokenizer
 from vmae.tokenizer_training import TokenizerRun, evaluated, train_tokenizer
-from vmae.training import device_of
 from vmae.videomae import read_videomae, write_videomae
 
 Video = tyro.conf.Positional[Path]

@@ -9,17 +9,13 @@ import torch
 from vmae import checkpoint
 from vmae.features import encode_video
 from vmae.mae import VideoMAE
+from vmae.optimisation import Optimisation, autocast
 from vmae.pretraining import PretrainRun, pretrain
 from vmae.report import Masking, Section, loss_plot, page, read_losses
 from vmae.tokenizer import AdaptiveTokenizer
 from vmae.tokenizer_training import TokenizerRun, train_tokenizer
 from vmae.tokens import check_clip
-from vmae.training import (
-    Clips,
-    Optimisation,
-    autocast,
-    check_run,
-)
+from vmae.training import Clips, check_run
 from vmae.video import frame_count, load_clip
 
 CLIPS = {"bigbuckbunny": "bigbuckbunny.mp4", "bikes": "bikes.mp4", "carphone": "carphone_pristine.mp4"}

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from vmae import checkpoint
 from vmae.mae import VideoMAE
+from vmae.optimisation import autocast, device_of
 from vmae.tokens import TUBELET, check_clip
-from vmae.training import autocast, device_of
 from vmae.video import load_clip
 
 

@@ -99,7 +99,8 @@ def this_device() -> Device:
     )
     attended = 4 * q.numel() * q.shape[2] / best(lambda: attention(q, q, q)) / max(bf16, fp32)
     x = torch.ones(1 << (28 if cuda else 24), device=where)
-    bandwidth = 2 * x.nbytes / best(x.clone)
+    y = torch.empty_like(x)
+    bandwidth = 2 * x.nbytes / best(lambda: y.copy_(x))
     one = torch.ones(1, device=where)
     call = best(lambda: [one + 1 for _ in range(1000)]) / 1000
     name = torch.cuda.get_device_name() if cuda else "this machine's CPU"

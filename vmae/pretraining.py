@@ -19,9 +19,10 @@ from vmae.dataset import Batch, ClipDataset, batches, check_usable
 from vmae.flow import flow_available
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import SCORED, Strategy
+from vmae.optimisation import Optimisation, autocast, device_of
 from vmae.targets import Targets, everest_source, flow_source, tokenizer_source
 from vmae.tokenizer import AdaptiveTokenizer
-from vmae.training import Clips, Optimisation, Task, autocast, check_run, clips_of, device_of, fit
+from vmae.training import Clips, Task, check_run, clips_of, fit
 from vmae.video import Augmentation
 
 VALIDATION_SEED = 1 << 62  # no step's

@@ -20,8 +20,8 @@ from vmae.cache import content_hash
 from vmae.dataset import ClipDataset, read_entries, start_worker
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import Grid
+from vmae.optimisation import Optimisation, adamw, autocast, device_of, set_learning_rate
 from vmae.tokens import TUBELET, check_clip, check_video
-from vmae.training import Optimisation, adamw, autocast, device_of, set_learning_rate
 from vmae.video import VideoError
 
 FEATURES = ("pretrained", "random", "pixels")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import Grid
+from vmae.optimisation import Optimisation, adamw, autocast
 from vmae.tokens import TUBELET, Tokens
-from vmae.training import Optimisation, adamw, autocast
 
 Preset = Literal["tiny", "small", "base", "large"]
 Mark = Callable[[str], None]

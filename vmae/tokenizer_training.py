@@ -19,23 +19,10 @@ from vmae import checkpoint, distributed, resume
 from vmae.dataset import Batch, ClipDataset
 from vmae.evaluation import Evaluation, code_counts, entropy_bits, evaluate, reconstruction
 from vmae.losses import Discriminator, discriminator_loss, generator_loss, perceptual_distance, r1_penalty
+from vmae.optimisation import Optimisation, adamw, autocast, device_of, set_learning_rate
 from vmae.resume import optimizer_state, part, restore_optimizer
 from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig
-from vmae.training import (
-    HINT,
-    PATIENCE,
-    Clips,
-    Optimisation,
-    Task,
-    TrainingError,
-    adamw,
-    autocast,
-    check_run,
-    clips_of,
-    device_of,
-    fit,
-    set_learning_rate,
-)
+from vmae.training import HINT, PATIENCE, Clips, Task, TrainingError, check_run, clips_of, fit
 from vmae.video import VideoError
 
 MOST_ASIDE = 64  # videos to choose the checkpoint by

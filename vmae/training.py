@@ -20,6 +20,7 @@ from vmae.checkpoint import LOG, RUN
 from vmae.dataset import Batch, ClipDataset, Extras, batches
 from vmae.loader import Loader
 from vmae.memory import memory_gib
+from vmae.optimisation import Optimisation, adamw, autocast, device_of, learning_rate, set_learning_rate
 from vmae.tokens import check_clip
 from vmae.video import PLAIN, Augmentation, Start
 
@@ -55,50 +56,6 @@ class Clips:
         self.augmentation.check()
         if self.workers < 0:
             raise ValueError(f"workers: expected at least 0, got {self.workers}")
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """AdamW with linear warm-up and cosine decay."""
-
-    steps: int = 10_000
-    batch_size: int = 1
-    """Clips per forward pass, of all processes together."""
-    accumulate: int = 1
-    """Forward passes per step."""
-    lr: float = 3e-4
-    """Peak learning rate."""
-    warmup: int = 500
-    """Steps of linear warm-up; at most a tenth of all steps."""
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes (torchrun) share the work: each with the whole model, or with a part of it."""
-    save_every: int = 500
-    """Steps between checkpoints; there is always one at the end."""
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def check(self) -> None:
-        """Raise `ValueError` for a setting out of range."""
-        for name in ("steps", "batch_size", "accumulate", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("lr", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number from 0, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a number from 0 to below 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed: expected an integer from 0 to 2^31 - 1, got {self.seed}")
 
 
 class Run(Protocol):
@@ -138,25 +95,6 @@ def check_run(run: Run) -> None:
             f"{run.out}: already holds a run; choose another --out, or give --resume to go on with it or --overwrite "
             "to replace it"
         )
-
-
-def device_of(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected cuda to be available, this PyTorch sees no CUDA device; use --device cpu")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def learning_rate(step: int, options: Optimisation) -> float:
-    """Of step 0 to steps - 1: a linear rise to the peak, then half a cosine down to a hundredth of it."""
-    warmup = min(options.warmup, options.steps // 10)
-    if step < warmup:
-        return options.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(options.steps - warmup, 1)
-    return options.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 class Task:
@@ -341,19 +279,6 @@ class _Signals:
         if self.received > 1:
             raise KeyboardInterrupt("stopped at once; --resume goes on from the last checkpoint")
         print("\nstopping after this step; once more to stop at once", file=sys.stderr)
-
-
-def adamw(model: nn.Module, options: Optimisation) -> torch.optim.AdamW:
-    """Weight decay for matrices and kernels, none for the rest."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, options: Optimisation) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, options)
 
 
 def _backward(task: Task, loader: Loader, step: int, options: Optimisation, device: torch.device) -> float:

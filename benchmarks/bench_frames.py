@@ -1,0 +1,38 @@
+"""One pretraining step and its parts against frames: time, memory and arithmetic, by budget and model.
+
+    python -m pytest benchmarks/bench_frames.py --benchmark-json=frames.json [-k "base and 128"] [--minutes 10]
+
+Each point is a process of its own (vmae/bench.py): gradients and loss are first compared with another implementation's
+in float32, then memory is that of one step, above what stood before it, and the time is the median of up to three.
+"""
+
+import pytest
+from measuring import DEVICE, PRECISION
+
+from vmae.bench import Case
+from vmae.step import Step
+
+LONG = [256, 512, 1024, 2048, 4096] if DEVICE == "cuda" else []
+FRAMES = [128, 64, 32, 16]
+# What matters most comes first: --minutes may end the list.
+POINTS = [
+    *(("base", frames, 0.15) for frames in (*FRAMES, *LONG)),
+    *(("base", frames, 1.0) for frames in (*FRAMES, *LONG)),
+    *(("small", frames, 0.15) for frames in (*FRAMES, *LONG)),
+    *(("base", frames, 0.5) for frames in (*FRAMES, *LONG)),
+    *(("large", frames, 0.15) for frames in (16, 32, 64, 128, *LONG)),
+    *(("small", frames, budget) for budget in (1.0, 0.5) for frames in (*FRAMES, *LONG)),
+    *(("large", frames, budget) for budget in (1.0, 0.5) for frames in (16, 32, 64, 128, *LONG)),
+]
+
+
+@pytest.mark.parametrize(("model", "frames", "budget"), POINTS)
+def test_step(report_step, benchmark, model, frames, budget):
+    benchmark.group = f"{model}, {budget:.0%}"
+    report_step(Case(Step(model, frames, budget=budget, precision=PRECISION), device=DEVICE))
+
+
+@pytest.mark.parametrize("frames", [128, *LONG])
+def test_checkpointing(report_step, benchmark, frames):
+    benchmark.group = "base, 15%, checkpointing"
+    report_step(Case(Step("base", frames, precision=PRECISION, checkpointing=True), device=DEVICE))

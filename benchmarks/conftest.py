@@ -1,0 +1,110 @@
+"""What the suites share: they time elsewhere, check before they report, and end in time."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from measuring import DEVICE, machine
+
+from vmae.bench import Case, OutOfMemory, in_a_process
+from vmae.planning import Device, costs, this_device
+
+_now = 0.0
+_out_of_memory: list[dict[str, Any]] = []
+
+
+def clock() -> float:
+    """What pytest-benchmark reads: it stands still but for what was measured, by events or in another process."""
+    return _now
+
+
+def tick(seconds: float) -> None:
+    global _now
+    _now += seconds
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, default=None, help="begin no measurement after so many")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_begin] = time.monotonic()
+
+
+_begin = pytest.StashKey[float]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=clock))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - item.config.stash[_begin] > 60 * minutes:
+        pytest.skip(f"{minutes:g} minutes are over")
+
+
+@pytest.fixture(scope="session")
+def limits() -> Device:
+    """What this device computes and moves at most, measured in this run."""
+    return this_device()
+
+
+@pytest.fixture
+def report(benchmark: Any) -> Callable[..., None]:
+    """Give pytest-benchmark what was measured, and what to say about it; `checked` has to tell what was compared."""
+
+    def report(seconds: list[float], *, checked: str, **facts: Any) -> None:
+        given = iter(seconds)
+        benchmark.pedantic(lambda: tick(next(given)), rounds=len(seconds))
+        benchmark.extra_info.update(facts, checked=checked, device=DEVICE)
+
+    return report
+
+
+@pytest.fixture
+def report_step(benchmark: Any, report: Callable[..., None], limits: Device) -> Callable[[Case], None]:
+    """Measure a step in a process of its own, and report it."""
+
+    def run(case: Case) -> None:
+        step = case.step
+        about = {"way": case.way, **{name: getattr(step, name) for name in step.__dataclass_fields__}}
+        try:
+            found = in_a_process(case)
+        except OutOfMemory as error:
+            _out_of_memory.append(about)
+            pytest.skip(f"out of memory: {error}")
+        seconds = sorted(found["seconds"])[len(found["seconds"]) // 2]
+        peak = limits.bf16 if step.precision == "bf16" else limits.fp32
+        about |= {name: found[name] for name in ("parts", "bytes", "bytes_between_steps", "flops", "loss")}
+        about["tokens_per_clip"] = step.tokens
+        about["clips_per_s"], about["tokens_per_s"] = step.batch / seconds, found["tokens"] / seconds
+        about["flops_per_s"], about["share_of_peak"] = found["flops"] / seconds, found["flops"] / seconds / peak
+        if case.way == "vmae":
+            predicted = costs(step, cuda=DEVICE == "cuda")
+            about["predicted"] = {
+                "bytes": predicted.peak - predicted.idle,
+                "bytes_between_steps": predicted.idle,
+                "flops": sum(predicted.flops().values()),
+                "seconds_at_least": predicted.seconds(limits),
+            }
+        report(found["seconds"], checked=found["checked"], **about)
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["vmae"] = machine()
+    if torch.cuda.is_available():
+        machine_info["gpu"] = torch.cuda.get_device_name()
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
+    unchecked = [bench["name"] for bench in output_json["benchmarks"] if not bench["extra_info"].get("checked")]
+    if unchecked:
+        raise pytest.UsageError(f"not reported: the results of {', '.join(unchecked)} were not checked in this run")
+    output_json["out_of_memory"] = _out_of_memory
+    output_json["limits"] = this_device()._asdict()
