@@ -33,7 +33,7 @@ def test_dual_masking(report_step, benchmark, frames):
     report_step(Case(Step("base", frames, budget=0.5, precision=PRECISION), "dual-masking", DEVICE))
 
 
-@pytest.mark.parametrize("way", ["plain", "references"])
+@pytest.mark.parametrize("way", ["plain", pytest.param("references", marks=pytest.mark.later)])
 @pytest.mark.parametrize("frames", [128, *LONG])
 def test_same_step(report_step, benchmark, frames, way):
     benchmark.group = {"plain": "vmae's step in plain PyTorch", "references": "vmae with VMAE_KERNELS=torch"}[way]

@@ -27,8 +27,8 @@ from vmae.step import Mark, Step, inputs, optimizer_of, run
 LONG = [256, 512, 1024] if DEVICE == "cuda" else []
 
 
-@pytest.mark.parametrize("tokenizer", ["tiny", "base"])
-@pytest.mark.parametrize("frames", [128, 64, 32, 16, *LONG])
+@pytest.mark.parametrize("tokenizer", ["tiny", pytest.param("base", marks=pytest.mark.later)])
+@pytest.mark.parametrize("frames", [128, 16, *(pytest.param(n, marks=pytest.mark.later) for n in (64, 32, *LONG))])
 def test_from_file_to_model(report, benchmark, frames, tokenizer):
     if tokenizer == "base" and DEVICE == "cpu" and frames > 16:
         pytest.skip("minutes on a CPU: it takes 12 TFLOP at 128 frames")

@@ -13,6 +13,7 @@ from vmae.planning import Device, costs, this_device
 
 _now = 0.0
 _out_of_memory: list[dict[str, Any]] = []
+_left_out: list[str] = []
 
 
 def clock() -> float:
@@ -30,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "later: worth less than the others, if time is short")
     config.stash[_begin] = time.monotonic()
 
 
@@ -37,6 +39,7 @@ _begin = pytest.StashKey[float]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("later") is not None)
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=clock))
 
@@ -44,6 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     minutes = item.config.getoption("--minutes")
     if minutes is not None and time.monotonic() - item.config.stash[_begin] > 60 * minutes:
+        _left_out.append(item.name)
         pytest.skip(f"{minutes:g} minutes are over")
 
 
@@ -106,5 +110,5 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
     unchecked = [bench["name"] for bench in output_json["benchmarks"] if not bench["extra_info"].get("checked")]
     if unchecked:
         raise pytest.UsageError(f"not reported: the results of {', '.join(unchecked)} were not checked in this run")
-    output_json["out_of_memory"] = _out_of_memory
+    output_json["out_of_memory"], output_json["left_out"] = _out_of_memory, _left_out
     output_json["limits"] = this_device()._asdict()

@@ -1,0 +1,63 @@
+"""Run the suites, and write what they found to benchmarks/results/DEVICE-DATE: .json, .md, .html and plots.
+
+    python benchmarks/run.py                          # 13 minutes on a CPU, 8 on a GPU, and what was begun by then
+    python benchmarks/run.py --minutes 60 frames      # longer, one suite
+    python benchmarks/run.py --report FILE.json       # tables, plots and page of earlier results again
+
+What is not reached in time is left out, and the page says so. The json is pytest-benchmark's, whose `compare` works on
+it. Plots need matplotlib; nothing else needs more than torch, einops and pytest-benchmark.
+"""
+
+import argparse
+import datetime
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from measuring import DEVICE, machine
+from report import write
+
+HERE = Path(__file__).parent
+SUITES = ("kernels", "frames", "peers", "pipeline")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", default=SUITES, metavar="suite", help=f"of {', '.join(SUITES)}")
+    parser.add_argument("--minutes", type=float, default=8 if DEVICE == "cuda" else 13)
+    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/DEVICE-DATE.json)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing, report this")
+    parser.add_argument("-k", default="", help="cases, as pytest chooses them")
+    args = parser.parse_args()
+    if unknown := set(args.suites) - set(SUITES):
+        parser.error(f"expected suites of {', '.join(SUITES)}, got {', '.join(sorted(unknown))}")
+    if args.report:
+        print(f"written to {write(args.report)}")
+        return
+    out = args.out or HERE / "results" / f"{device()}-{datetime.date.today()}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", str(HERE), "-k", args.k),
+        *(f"--minutes={args.minutes}", f"--benchmark-json={out}", "--benchmark-columns=median,min,max,rounds"),
+        *(str(HERE / f"bench_{suite}.py") for suite in args.suites),
+    ]
+    # Where vmae is not installed, as on a machine that was lent for an hour.
+    path = os.pathsep.join((str(HERE.parent), str(HERE.parent / "kernels"), os.environ.get("PYTHONPATH", "")))
+    status = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+    if out.exists() and out.stat().st_size:
+        print(f"written to {out} and {write(out)}")
+    sys.exit(status)
+
+
+def device() -> str:
+    """Of this machine, fit for a file's name."""
+    found = machine()
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{found['cpu']} {found['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+if __name__ == "__main__":
+    main()
