@@ -7,7 +7,7 @@ RUN := .venv/bin/
 export VMAE_BUILD ?= $(if $(shell command -v nvidia-smi),auto,$(if $(shell command -v c++),cpu,skip))
 CUTLASS := nvidia-cutlass==4.2.0.0
 
-.PHONY: setup demo test test-long lint bench resources cuda sanitize hub clean
+.PHONY: setup demo test test-long lint bench bench-gpu resources cuda sanitize hub clean
 
 setup: $(READY)
 
@@ -32,10 +32,16 @@ lint: $(READY)
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
+	$(RUN)check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RUN)zizmor --offline --quiet .github/workflows
 
-# A pretraining step beside Hugging Face's VideoMAE (some minutes). The other benchmarks say how in their first lines.
+# Time, memory and arithmetic of kernels and steps beside peers, a quarter of an hour: benchmarks/README.md says more.
 bench: $(READY)
-	$(RUN)python benchmarks/pretraining_step.py
+	$(RUN)python benchmarks/run.py $(BENCH)
+
+# The same on a GPU in nine minutes. Sets nothing up: PYTHON needs torch, triton, einops and pytest-benchmark.
+bench-gpu:
+	$(PYTHON) benchmarks/run.py --gpu $(BENCH)
 
 # Compiles every configuration that the kernels' rules choose, for four GPU generations, on any machine (some minutes).
 resources: $(READY)

@@ -30,10 +30,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8 if DEVICE == "cuda" else 13)
     parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/DEVICE-DATE.json)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing, report this")
+    parser.add_argument("--gpu", action="store_true", help="refuse to run without one")
     parser.add_argument("-k", default="", help="cases, as pytest chooses them")
     args = parser.parse_args()
     if unknown := set(args.suites) - set(SUITES):
         parser.error(f"expected suites of {', '.join(SUITES)}, got {', '.join(sorted(unknown))}")
+    if args.gpu and DEVICE != "cuda":
+        parser.error("--gpu: expected a CUDA device, found none")
     if args.report:
         print(f"written to {write(args.report)}")
         return

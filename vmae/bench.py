@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmae.mae import IMAGENET_MEAN, IMAGENET_STD, VideoMAE
 from vmae.masking import tube_mask
-from vmae.planning import flops_of
+from vmae.planning import GIB, Costs, Device, costs, flops_of
 from vmae.step import Mark, Step, inputs, optimizer_of, run, train
 from vmae.tokens import TUBELET, Tokens
 
@@ -343,6 +343,52 @@ def _huggingface(case: Case) -> Subject:
         return train(lambda: model(video, bool_masked_pos=hidden).loss, model, optimizer, step.precision, mark)
 
     return Subject(model, step_, converted)
+
+
+def quick(step: Step, device: Device, limit: float) -> Iterator[tuple[Step, dict[str, Any] | None, Costs]]:
+    """A step and others like it, shorter ones and some that decode all, as far as `limit` seconds go.
+
+    Each comes with its figures, or None if it was out of memory, and with its prediction.
+    """
+    end = time.perf_counter() + limit
+    for budget in sorted({step.budget, 1.0}):
+        for frames in sorted({step.frames, *(n for n in (16, 32, 64) if n < step.frames)}):
+            other = replace(step, frames=frames, budget=budget)
+            predicted = costs(other, cuda=device.cuda)
+            # A process starts and checks for some seconds, and does the step twice and a half times.
+            if time.perf_counter() + 8 + 5 * predicted.seconds(device) > end:
+                break
+            try:
+                found = in_a_process(Case(other, device="cuda" if device.cuda else "cpu", limit=2))
+            except OutOfMemory:
+                found = None
+            yield other, found, predicted
+
+
+def heading(step: Step, device: Device) -> str:
+    """Of the table whose lines `line` gives."""
+    return (
+        f"{step.model}, clips of {step.size} x {step.size}, {step.precision}, on {device.name}: products at "
+        f"{max(device.bf16, device.fp32) / 1e12:.3g} TFLOP/s, copies at {device.bandwidth / 1e9:.3g} GB/s\n"
+        f"{'frames':>7}{'decoded':>9}{'step':>10}{'clips/s':>9}{'TFLOP/s':>9}{'memory':>12}{'planned':>12}"
+    )
+
+
+def line(step: Step, found: dict[str, Any] | None, predicted: Costs, device: Device) -> str:
+    planned = f"{(predicted.peak - predicted.idle) / GIB:.2f} GiB"
+    start = f"{step.frames:7,}{step.budget:9.0%}"
+    if found is None:
+        return f"{start}{'out of memory':>28}{'':12}{planned:>12}"
+    seconds = statistics.median(found["seconds"])
+    memory = "unknown" if found["bytes"] is None else f"{found['bytes'] / GIB:.2f} GiB"
+    rates = f"{step.batch / seconds:9.3g}{found['flops'] / seconds / 1e12:9.3g}"
+    return f"{start}{seconds:8.3g} s{rates}{memory:>12}{planned:>12}"
+
+
+def facts(step: Step, found: dict[str, Any] | None, predicted: Costs) -> dict[str, Any]:
+    """The same for programs: seconds, bytes and FLOP; no figures if it was out of memory."""
+    planned = {"bytes": predicted.peak - predicted.idle, "flops": sum(predicted.flops().values())}
+    return {"step": asdict(step), "found": found, "planned": planned}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from vmae import checkpoint, distributed, doctor, planning
+from vmae import bench, checkpoint, distributed, doctor, planning
 from vmae.demo import demo, section
 from vmae.evaluation import table
 from vmae.features import encode_video
@@ -200,6 +200,47 @@ def plan_(
     print(json.dumps(planning.facts(result), indent=2) if json_ else planning.table(result))
 
 
+def bench_(
+    model: Literal["auto", "tiny", "small", "base", "large"] = "auto",
+    frames: int = 128,
+    size: int = 224,
+    budget: float = 0.15,
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    seconds: float = 60.0,
+    json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+) -> None:
+    """Measure pretraining steps on this machine for a minute: time and memory against frames, for a budget and for all.
+
+    Every figure comes from a process of its own, which first compares gradients with another implementation's.
+
+    Args:
+        model: auto is base on a GPU and small on a CPU.
+        frames: the longest clip.
+        size: rows and columns, in pixels.
+        budget: share of all tokens that the decoder reconstructs.
+        precision: auto is bf16, but fp32 on CPUs that only emulate bf16.
+        seconds: begin no measurement that would end later.
+        json_: print json.
+    """
+    cuda = torch.cuda.is_available()
+    preset = model if model != "auto" else "base" if cuda else "small"
+    exact = precision == "fp32" or (precision == "auto" and not cuda and not doctor.native_bf16())
+    step = Step(preset, frames, size, budget, precision="fp32" if exact else "bf16")
+    step.config()  # says what is wrong before anything is measured
+    device = planning.this_device()
+    rows = []
+    if not json_:
+        print(bench.heading(step, device), flush=True)
+    for row in bench.quick(step, device, seconds):
+        rows.append(bench.facts(*row))
+        if not json_:
+            print(bench.line(*row, device), flush=True)
+    if not rows:
+        raise ValueError(f"seconds: expected enough for one measurement, got {seconds:g}; a smaller --model is faster")
+    if json_:
+        print(json.dumps({"device": device._asdict(), "steps": rows}, indent=2))
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor_,
     "demo": demo,
@@ -211,6 +252,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "encode": encode,
     "show": show,
     "plan": plan_,
+    "bench": bench_,
 }
 
 

@@ -1,0 +1,97 @@
+"""Does a step ask for more memory or arithmetic than it did? Against benchmarks/baseline.json; times are not looked at.
+
+    python benchmarks/gate.py                     # the step's own code, traced: the same on every machine, in seconds
+    python benchmarks/gate.py --results FILE      # and the memory that benchmarks/run.py measured
+    python benchmarks/gate.py --update            # make what is so the baseline
+
+Traced numbers may be 1 % worse, measured memory 10 %, against that of the same device; more ends with status 1. What
+got better is said, so that the baseline can follow.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from report import device_of, points_of
+
+from vmae.planning import costs
+from vmae.step import Step
+
+BASELINE = Path(__file__).with_name("baseline.json")
+STEPS = {
+    "base, 15 %, bf16": Step("base"),
+    "base, 15 %, fp32": Step("base", precision="fp32"),
+    "base, 15 %, bf16, checkpointing": Step("base", checkpointing=True),
+    "base, all, bf16": Step("base", budget=1.0),
+    "large, 15 %, bf16": Step("large"),
+}
+TRACED, MEASURED = 0.01, 0.10  # how much worse is the same
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, help="of benchmarks/run.py")
+    parser.add_argument("--update", action="store_true", help="write the baseline")
+    args = parser.parse_args()
+    baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"traced": {}, "measured": {}}
+    found = traced()
+    worse, better = compared(found, baseline["traced"], TRACED)
+    if args.results:
+        device, sizes = measured(json.loads(args.results.read_text()))
+        more = compared(sizes, baseline["measured"].get(device, {}), MEASURED)
+        worse, better = worse + more[0], better + more[1]
+        baseline["measured"][device] = sizes
+    for line in (*(f"better: {line}" for line in better), *(f"WORSE: {line}" for line in worse)):
+        print(line)
+    if args.update:
+        BASELINE.write_text(json.dumps({**baseline, "traced": found}, indent=2) + "\n")
+        print(f"written to {BASELINE}")
+    elif worse:
+        sys.exit(1)
+    else:
+        print(f"{len(found)} steps ask for no more than the baseline")
+
+
+def traced() -> dict[str, dict[str, float]]:
+    """Of each step: bytes at the peak of 128 frames, bytes that a further frame takes, and FLOP."""
+    found = {}
+    for name, step in STEPS.items():
+        short, long = costs(step), costs(Step(**{**asdict(step), "frames": 2 * step.frames}))
+        found[name] = {
+            "bytes": short.peak,
+            "bytes_per_frame": (long.peak - short.peak) / step.frames,
+            "flops": sum(short.flops().values()),
+            "flops_per_frame": (sum(long.flops().values()) - sum(short.flops().values())) / step.frames,
+        }
+    return found
+
+
+def measured(results: dict[str, Any]) -> tuple[str, dict[str, dict[str, float]]]:
+    """The device, and the memory and FLOP of every step that was measured on it."""
+    points = (p for p in points_of(results) if p.facts["way"] == "vmae" and p.facts["bytes"])
+    return device_of(results), {
+        f"{p.line}, {p.frames} frames": {"bytes": p.facts["bytes"], "flops": p.facts["flops"]} for p in points
+    }
+
+
+def compared(
+    found: dict[str, dict[str, float]], before: dict[str, dict[str, float]], tolerance: float
+) -> tuple[list[str], list[str]]:
+    """What got worse and what got better, a line each. What the baseline does not know is neither."""
+    worse, better = [], []
+    for name in found.keys() & before.keys():
+        for what, value in found[name].items():
+            change = value / before[name][what] - 1
+            line = f"{name}: {what} {before[name][what]:.4g} -> {value:.4g} ({change:+.1%})"
+            if change > tolerance:
+                worse.append(line)
+            elif change < -tolerance:
+                better.append(line)
+    return sorted(worse), sorted(better)
+
+
+if __name__ == "__main__":
+    main()
