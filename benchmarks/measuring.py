@@ -37,7 +37,7 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def in_turns(runs: Mapping[str, Callable[[], object]], limit: float = 1.5, rounds: int = 30) -> dict[str, list[float]]:
+def in_turns(runs: Mapping[str, Callable[[], object]], limit: float = 0.8, rounds: int = 30) -> dict[str, list[float]]:
     """Seconds of each call of each: in turns, so that what else happens falls on all; 3 to 30 rounds."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     begin, count = time.perf_counter(), 0

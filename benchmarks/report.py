@@ -126,8 +126,8 @@ def steps(points: list[Point], out_of_memory: list[dict], plots: dict[str, str],
     ]  # fmt: skip
     table = Section(
         f"One step at {frames} frames",
-        "ViT-B, one clip of 224 x 224: forward, backward, clipping and AdamW; tokens are given. Memory is the peak less "
-        "weights, optimizer and clip, which stand between steps; gradients are in it.",
+        "ViT-B, one clip of 224 x 224: forward, backward, clipping and AdamW; tokens are given. Memory is the peak "
+        "less weights, optimizer and clip, which stand between steps; gradients are in it.",
         ["who", "time", "against vmae", "memory", "TFLOP", "TFLOP/s", "of the peak"],
         rows,
     )

@@ -4,6 +4,7 @@ The step itself runs, on tensors that have shapes but no numbers. What it alloca
 prediction follows the code, and nothing here repeats it.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -71,6 +72,7 @@ DEVICES = {
 }
 
 
+@functools.cache
 def this_device() -> Device:
     """The machine's GPU, or else its CPU, from a second of measuring."""
     cuda = torch.cuda.is_available()
@@ -88,15 +90,15 @@ def this_device() -> Device:
         return min(times)
 
     def product(dtype: torch.dtype, n: int) -> float:
-        a = torch.ones(n, n, dtype=dtype, device=where)
+        a = torch.randn(n, n, device=where).to(dtype)  # not ones: processors are faster on what does not change
         return 2 * n**3 / best(lambda: a @ a)
 
-    n = 8192 if cuda else 768
-    fp32 = product(torch.float32, n)
-    bf16 = product(torch.bfloat16, n)
-    q = torch.ones(
-        1, 12, 4096 if cuda else 768, 64, dtype=torch.bfloat16 if bf16 > fp32 else torch.float32, device=where
-    )
+    small, large = (8192, 8192) if cuda else (256, 2048)
+    fp32, bf16 = product(torch.float32, large), product(torch.bfloat16, small)
+    if not cuda and bf16 > fp32 / 4:  # else it is emulated, and that slowly
+        bf16 = product(torch.bfloat16, large)
+    dtype = torch.bfloat16 if bf16 > fp32 else torch.float32
+    q = torch.randn(1, 12, 4096 if cuda else 1536, 64, device=where).to(dtype)
     attended = 4 * q.numel() * q.shape[2] / best(lambda: attention(q, q, q)) / max(bf16, fp32)
     x = torch.ones(1 << (28 if cuda else 24), device=where)
     y = torch.empty_like(x)
