@@ -64,7 +64,8 @@ def report(benchmark: Any) -> Callable[..., None]:
     def report(seconds: list[float], *, checked: str, **facts: Any) -> None:
         given = iter(seconds)
         benchmark.pedantic(lambda: tick(next(given)), rounds=len(seconds))
-        benchmark.extra_info.update(facts, checked=checked, device=DEVICE)
+        about = {name: machine()[name] for name in ("versions", "commit")}
+        benchmark.extra_info.update(facts, checked=checked, device=DEVICE, **about)
 
     return report
 

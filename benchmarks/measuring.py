@@ -54,6 +54,7 @@ def resident(field: str) -> float:
     return int(line.split()[1]) / 2**20
 
 
+@functools.cache
 def machine() -> dict:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     cpu = [

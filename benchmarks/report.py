@@ -35,6 +35,8 @@ class Fit(NamedTuple):
     at_none: float
     off: float
     """The largest distance of a point, relative to it."""
+    first: int
+    """The shortest clip that counts."""
 
 
 def write(results: Path) -> Path:
@@ -72,17 +74,19 @@ def line_of(facts: dict[str, Any]) -> str:
 
 
 def fits_of(points: list[Point]) -> dict[str, Fit]:
-    """Of the lines with three points or more."""
+    """Of the lines with two points or more, without those as short that gradients alone make the peak."""
     lines = defaultdict(list)
     for point in points:
         if point.facts["bytes"] is not None:
             lines[point.line].append((point.frames, point.facts["bytes"]))
     fits = {}
     for line, pairs in lines.items():
-        if len(pairs) >= 3:
-            slope, start = statistics.linear_regression(*zip(*pairs, strict=True))
-            off = max(abs(start + slope * frames - size) / size for frames, size in pairs)
-            fits[line] = Fit(slope, start, off)
+        least = min(size for _, size in pairs)
+        rising = [pair for pair in pairs if pair[1] > 1.05 * least]
+        if len(rising) >= 2:
+            slope, start = statistics.linear_regression(*zip(*rising, strict=True))
+            off = max(abs(start + slope * frames - size) / size for frames, size in rising)
+            fits[line] = Fit(slope, start, off, rising[0][0])
     return fits
 
 
@@ -139,12 +143,16 @@ def steps(points: list[Point], out_of_memory: list[dict], plots: dict[str, str],
     for line in lines:
         mine = [p for p in points if p.line == line]
         fit = fits.get(line)
-        slope = f"{fit.per_frame / MIB:.2f} MiB, from {fit.at_none / MIB:.0f} MiB, within {fit.off:.0%}" if fit else ""
+        slope = ""
+        if fit:
+            slope = f"{fit.per_frame / MIB:.2f} MiB, from {fit.at_none / MIB:.0f} MiB at none, within {fit.off:.1%}, "
+            slope += f"from {fit.first} frames on"
         measured = "; ".join(f"{p.frames}: {p.median:.3g} s, {gib(p.facts['bytes'])}" for p in mine)
         rows.append([line, measured, slope, f"at {failed[line]} frames" if line in failed else ""])
     memory = Section(
         "Memory and time against frames",
-        "A line through memory against frames gives the bytes that a further frame takes.",
+        "A line through memory against frames gives what a further frame takes; short clips, where the gradients alone "
+        "make the peak, are left out of it.",
         ["who", "frames: time, memory", "a further frame", "out of memory"],
         rows,
         plots.get("frames"),
@@ -233,7 +241,9 @@ def draw(found: dict[str, Any], results: Path) -> dict[str, str]:
         time.set(title="time of a step", ylabel="seconds")
         ticks = sorted({p.frames for p in base})
         for axes in (memory, time):
-            axes.set(xscale="log", yscale="log", xlabel="frames")
+            axes.set(xscale="log", xlabel="frames")
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.set_xticks(ticks, [str(t) for t in ticks])
             axes.minorticks_off()
             axes.grid(alpha=0.3)
@@ -276,7 +286,7 @@ def draw(found: dict[str, Any], results: Path) -> dict[str, str]:
         for place, row in enumerate(reversed(rows)):
             axes.text(100 * row["share_of_limit"], place, f" {row['speedup']:.2f} x", va="center", fontsize=6)
         axes.tick_params(labelsize=6)
-        axes.set(title="kernels: share of what the device copies or multiplies; against the best other", xlabel="%")
+        axes.set(title="share of the device's limit; times the best other", xlabel="% of copies or products")
         save("kernels", figure)
     return plots
 

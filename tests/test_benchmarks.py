@@ -41,6 +41,7 @@ def test_times_are_those_measured_elsewhere(tmp_path):
     assert bench["stats"]["data"] == pytest.approx([3.0, 1.0, 2.0])
     assert bench["stats"]["median"] == pytest.approx(2.0)
     assert bench["extra_info"]["colour"] == "red"
+    assert bench["extra_info"].keys() >= {"device", "versions", "commit", "checked"}
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_report(found, tmp_path):
     first = next(line for line in text.splitlines() if line.startswith("| vmae, 15% decoded, bf16 | 5 s | 1.00 x |"))
     assert "0.72 GiB" in first
     assert "| Hugging Face's VideoMAE, all decoded, bf16 | 20 s | 4.00 x | 2.60 GiB |" in text
-    assert "| 20.00 MiB, from 100 MiB, within 0% | at 256 frames |" in text
+    assert "| 20.00 MiB, from 100 MiB at none, within 0.0%, from 32 frames on | at 256 frames |" in text
     assert "| 0.72 GiB | 2.000 | 1.000 | 10.00 |" in text
     assert "| topk< float32 | 128 | forward | 10 ms | other: 20 ms | 2.00 x | 5 GB/s | 25% |" in text
     page = results.with_suffix(".html").read_text()

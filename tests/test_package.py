@@ -91,9 +91,9 @@ def test_importing_vmae_needs_no_video_library():
 
 
 def test_a_training_step_needs_torch_and_einops_alone():
-    optional = {"av", "huggingface_hub", "matplotlib", "PIL", "safetensors", "tqdm", "triton", "tyro"}
+    optional = {"av", "huggingface_hub", "matplotlib", "numpy", "PIL", "safetensors", "tqdm", "triton", "tyro"}
     code = """
-        import torch, vmae
+        import torch, vmae, vmae.bench, vmae.planning
         clip = torch.zeros(1, 3, 4, 32, 32)
         tokens = vmae.AdaptiveTokenizer(vmae.TokenizerConfig.tiny()).encode(clip)
         vmae.VideoMAE(vmae.VideoMAEConfig.tiny(frames=4, size=32, mask_ratio=0.5))(clip, tokens, seed=1).backward()

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vmae_kernels import _csrc, attention, attention_varlen, reference
 
@@ -240,6 +241,19 @@ def test_deterministic():
     tensors, grad = inputs(2, 4, 130, 150, 64), rand(2, 4, 130, 64, seed=9)
     first, again = run(attention, tensors, grad), run(attention, tensors, grad)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_flops_are_counted():
+    """Two products forward, five backward, as torch.utils.flop_counter counts PyTorch's; packed ones by their bounds."""
+    q, k, v = (rand(2, 3, m, 32, seed=m, dtype=torch.bfloat16).requires_grad_() for m in (40, 24, 24))
+    with FlopCounterMode(display=False) as counter:
+        attention(q, k, v).sum().backward()
+    assert counter.get_total_flops() == 7 * 2 * (2 * 3 * 40 * 24 * 32)
+    packed = (rand(40, 3, 32, seed=s).requires_grad_() for s in range(3))
+    starts = torch.tensor([0, 10, 40], dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter:
+        attention_varlen(*packed, starts, starts, 30, 30).sum().backward()
+    assert counter.get_total_flops() == 7 * 2 * (3 * 40 * 30 * 32)
 
 
 def test_errors():
