@@ -431,8 +431,12 @@ def test_varlen_errors():
 def test_scores_far_below_zero():
     """Every one of them: a weight's exponent minus the log-sum-exp stays in range, also beyond the last key."""
     tensors = [x.detach() * 0.1 + sign * 20 for x, sign in zip(inputs(1, 2, 70, 75, 16), (1, -1, 0), strict=True)]
-    got = check(attention, naive, [x.requires_grad_() for x in tensors], rand(1, 2, 70, 16, seed=9))
-    assert all(x.isfinite().all() for x in got)
+    tensors, grad = [x.requires_grad_() for x in tensors], rand(1, 2, 70, 16, seed=9)
+    truth = run(naive, [x.detach().double().requires_grad_() for x in tensors], grad.double())
+    # Scores and log-sum-exp are near -2,300 in powers of 2, which float32 holds to 1e-4: so exact are the weights, and
+    # the gradients are sums of them times 20 / 4. A computation that keeps the weights, as the naive one, is more exact.
+    for got, exact in zip(run(attention, tensors, grad), truth, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=5 * 1e-4)
 
 
 def test_keys_that_are_infinitely_far():
