@@ -1,12 +1,14 @@
 """What the suites share: they time elsewhere, check before they report, and end in time."""
 
+import gc
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from measuring import DEVICE, machine
+from measuring import DEVICE, flushed, machine
 
 from vmae.bench import Case, OutOfMemory, in_a_process
 from vmae.planning import Device, costs, this_device
@@ -14,6 +16,7 @@ from vmae.planning import Device, costs, this_device
 _now = 0.0
 _out_of_memory: list[dict[str, Any]] = []
 _left_out: list[str] = []
+_failed: list[str] = []
 
 
 def clock() -> float:
@@ -51,6 +54,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"{minutes:g} minutes are over")
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        _failed.append(report.nodeid.rpartition("::")[2])
+
+
 @pytest.fixture(scope="session")
 def limits() -> Device:
     """What this device computes and moves at most, measured in this run."""
@@ -77,12 +85,16 @@ def report_step(benchmark: Any, report: Callable[..., None], limits: Device) -> 
     def run(case: Case) -> None:
         step = case.step
         about = {"way": case.way, **{name: getattr(step, name) for name in step.__dataclass_fields__}}
+        if DEVICE == "cuda":  # what this process holds, the other cannot have
+            flushed.cache_clear()
+            gc.collect()
+            torch.cuda.empty_cache()
         try:
             found = in_a_process(case)
         except OutOfMemory as error:
             _out_of_memory.append(about)
             pytest.skip(f"out of memory: {error}")
-        seconds = sorted(found["seconds"])[len(found["seconds"]) // 2]
+        seconds = statistics.median(found["seconds"])
         peak = limits.bf16 if step.precision == "bf16" else limits.fp32
         about |= {name: found[name] for name in ("parts", "bytes", "bytes_between_steps", "flops", "loss")}
         about["tokens_per_clip"] = step.tokens
@@ -112,4 +124,4 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
     if unchecked:
         raise pytest.UsageError(f"not reported: the results of {', '.join(unchecked)} were not checked in this run")
     output_json["out_of_memory"], output_json["left_out"] = _out_of_memory, _left_out
-    output_json["limits"] = this_device()._asdict()
+    output_json["limits"], output_json["failed"] = this_device()._asdict(), _failed

@@ -18,13 +18,13 @@ PRECISION = "bf16" if DEVICE == "cuda" or native_bf16() else "fp32"  # where bf1
 
 
 @functools.cache
-def _flushed() -> torch.Tensor:
+def flushed() -> torch.Tensor:
     return torch.empty(2**30 if DEVICE == "cuda" else 2**26, dtype=torch.int8, device=DEVICE)
 
 
 def seconds(run: Callable[[], object]) -> float:
     """Of one call, behind a long write: nothing that it reads is in a cache, and on CUDA its start does not count."""
-    _flushed().zero_()
+    flushed().zero_()
     if DEVICE == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
@@ -56,12 +56,16 @@ def resident(field: str) -> float:
 
 @functools.cache
 def machine() -> dict:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # without git
+        commit = ""
     cpu = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("transformers", "vmae"):
+    for package in ("triton", "einops", "transformers", "vmae"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -72,5 +76,5 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "versions": versions,
-        "commit": commit.stdout.strip(),
+        "commit": commit or "unknown",
     }

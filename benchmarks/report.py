@@ -111,6 +111,10 @@ def sections_of(found: dict[str, Any], results: Path, plots: dict[str, str]) -> 
     )
     if left_out := found.get("left_out"):
         facts += f" Left out, for time was over: {', '.join(left_out)}."
+    if note := found.get("note"):
+        facts += f" {note}"
+    if failed := found.get("failed"):
+        facts += f" FAILED, and so not here: {', '.join(failed)}."
     sections = [Section("Machine", facts, [], [])]
     if points:
         sections += steps(points, found.get("out_of_memory", []), plots, min(128, max(p.frames for p in points)))

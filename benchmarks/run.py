@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -37,22 +38,41 @@ def main() -> None:
         parser.error(f"expected suites of {', '.join(SUITES)}, got {', '.join(sorted(unknown))}")
     if args.gpu and DEVICE != "cuda":
         parser.error("--gpu: expected a CUDA device, found none")
-    if args.report:
-        print(f"written to {write(args.report)}")
-        return
-    out = args.out or HERE / "results" / f"{device()}-{datetime.date.today()}.json"
+    if args.k and not args.out and not args.report:
+        parser.error("-k: expected with --out, for it is a part of the suites that is measured")
+    try:
+        if args.report:
+            print(f"written to {write(args.report)}")
+        else:
+            sys.exit(measure(args))
+    except KeyError as error:
+        sys.exit(f"run.py: error: {args.report}: expected results of this script, found no {error}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"run.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("run.py: interrupted; nothing is written")
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Returns pytest's status."""
+    part = "" if set(args.suites) == set(SUITES) else "-" + "-".join(args.suites)
+    out = args.out or HERE / "results" / f"{device()}-{datetime.date.today()}{part}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = [
-        *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", str(HERE), "-k", args.k),
-        *(f"--minutes={args.minutes}", f"--benchmark-json={out}", "--benchmark-columns=median,min,max,rounds"),
-        *(str(HERE / f"bench_{suite}.py") for suite in args.suites),
-    ]
-    # Where vmae is not installed, as on a machine that was lent for an hour.
-    path = os.pathsep.join((str(HERE.parent), str(HERE.parent / "kernels"), os.environ.get("PYTHONPATH", "")))
-    status = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
-    if out.exists() and out.stat().st_size:
-        print(f"written to {out} and {write(out)}")
-    sys.exit(status)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # what stops half-way leaves earlier results alone
+        new = Path(folder) / out.name
+        command = [
+            *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", str(HERE), "-k", args.k),
+            *(f"--minutes={args.minutes}", f"--benchmark-json={new}", "--benchmark-columns=median,min,max,rounds"),
+            *(str(HERE / f"bench_{suite}.py") for suite in args.suites),
+        ]
+        # Where vmae is not installed, as on a machine that was lent for an hour.
+        path = os.pathsep.join((str(HERE.parent), str(HERE.parent / "kernels"), os.environ.get("PYTHONPATH", "")))
+        status = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+        if not new.exists() or not new.stat().st_size:
+            sys.exit("run.py: error: nothing was measured, and nothing is written")
+        new.replace(out)
+    print(f"written to {out} and {write(out)}")
+    return status
 
 
 def device() -> str:

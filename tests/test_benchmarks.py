@@ -74,6 +74,7 @@ def found() -> dict:
         "limits": {"bf16": 1e12, "fp32": 1e11, "bandwidth": 1e10},
         "out_of_memory": [{**shared, "way": "huggingface", "frames": 256}],
         "left_out": ["test_step[large]"],
+        "failed": ["test_step[small]"],
     }
 
 
@@ -85,6 +86,7 @@ def test_report(found, tmp_path):
     text = report.write(results).read_text()
     assert "# Measured on A & B, 2 cores, AVX2, 2026-01-02" in text
     assert "Left out, for time was over: test_step[large]." in text
+    assert "FAILED, and so not here: test_step[small]." in text
     first = next(line for line in text.splitlines() if line.startswith("| vmae, 15% decoded, bf16 | 5 s | 1.00 x |"))
     assert "0.72 GiB" in first
     assert "| Hugging Face's VideoMAE, all decoded, bf16 | 20 s | 4.00 x | 2.60 GiB |" in text
@@ -120,24 +122,58 @@ def test_compared():
 def test_gate(monkeypatch, tmp_path, capsys, found):
     import gate
 
+    def run(*arguments: str) -> object:
+        monkeypatch.setattr(sys, "argv", ["gate.py", *arguments])
+        (tmp_path / "results.json").write_text(json.dumps(found))
+        with pytest.raises(SystemExit) as ended:
+            gate.main()
+        return ended.value.code
+
     monkeypatch.setattr(gate, "traced", lambda: {"a step": {"bytes": 100.0}})
     monkeypatch.setattr(gate, "BASELINE", tmp_path / "baseline.json")
-    (tmp_path / "results.json").write_text(json.dumps(found))
-    monkeypatch.setattr(sys, "argv", ["gate.py", "--update", "--results", str(tmp_path / "results.json")])
+    results = str(tmp_path / "results.json")
+    assert "FileNotFoundError" in run()
+    monkeypatch.setattr(sys, "argv", ["gate.py", "--update"])
     gate.main()
-    monkeypatch.setattr(sys, "argv", sys.argv[:1] + sys.argv[2:])
-    gate.main()
-    assert "1 steps ask for no more" in capsys.readouterr().out
-    found["benchmarks"][3]["extra_info"]["bytes"] *= 1.2
-    (tmp_path / "results.json").write_text(json.dumps(found))
-    with pytest.raises(SystemExit) as ended:
-        gate.main()
-    assert ended.value.code == 1
+    assert run() == 0
+    assert run("--results", results) == 0  # half of what is predicted, which is said
+    assert "1 steps traced, 4 measured: 0 numbers worse" in (out := capsys.readouterr().out)
+    assert out.count("better: vmae") == 4
+    found["benchmarks"][3]["extra_info"]["bytes"] *= 2.3
+    assert run("--results", results) == 1
     assert "WORSE: vmae, 15% decoded, bf16, 128 frames: bytes" in capsys.readouterr().out
+    found["benchmarks"] = found["benchmarks"][4:]
+    assert "expected measured steps of vmae, found none" in run("--results", results)
+    monkeypatch.setattr(gate, "traced", lambda: {"a step": {"bytes": 102.0}})
+    assert run() == 1
 
 
 def test_steps_ask_for_no_more_than_they_did():
     import gate
 
-    worse, _ = gate.compared(gate.traced(), json.loads(gate.BASELINE.read_text())["traced"], gate.TRACED)
+    worse, _ = gate.compared(gate.traced(), json.loads(gate.BASELINE.read_text()), gate.TRACED)
     assert not worse, "worse than benchmarks/baseline.json; if it is meant: python benchmarks/gate.py --update"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--report", "missing.json"], "run.py: error: [Errno 2] No such file or directory"),
+        (["--report", "other.json"], "other.json: expected results of this script, found no 'benchmarks'"),
+        (["--report", "cut.json"], "run.py: error: "),
+        (["-k", "fsq"], "-k: expected with --out"),
+        (["speed"], "expected suites of kernels, frames, peers, pipeline, got speed"),
+        (["kernels", "--minutes", "0", "--out", "old.json"], "run.py: error: nothing was measured"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_mistakes(arguments, message, tmp_path):
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    (tmp_path / "cut.json").write_text('{"a"')
+    (tmp_path / "old.json").write_text("old")
+    command = [sys.executable, str(FOLDER / "run.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "old.json").read_text() == "old"

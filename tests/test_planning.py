@@ -151,6 +151,13 @@ def test_nothing_fits():
     assert planning.facts(found)["fits"] is False
 
 
+def test_a_step_that_no_shorter_one_could_replace():
+    step = Step("tiny", frames=128, size=32, budget=0.05, precision="fp32")  # below 10 frames it decodes nothing
+    found = plan(step, DEVICES["h100"], 0.5 * GIB)
+    assert planning.needed(found.costs) > 0.5 * GIB
+    assert found.batch == 0
+
+
 def test_time_is_that_of_the_slowest_limit():
     step = costs(TINY, cuda=False)
     device = DEVICES["h100"]._replace(**ROUND)

@@ -207,17 +207,20 @@ class CpuMemory:
     TRIM, MMAP = -1, -3  # mallopt's names for its thresholds
 
     def __init__(self):
+        self.forgot = True
         self._set(1 << 16)
 
     def now(self) -> int | None:
         return self._status("VmRSS")
 
     def peak(self) -> int | None:
-        return self._status("VmHWM")
+        return self._status("VmHWM") if self.forgot else None
 
     def forget_peak(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # not Linux, or not allowed: then the peak is not this step's
+            self.forgot = False
 
     def done(self) -> None:
         self._set(1 << 25)  # where the C library's own adaption ends
@@ -234,7 +237,8 @@ class CpuMemory:
             lines = Path("/proc/self/status").read_text().splitlines()
         except OSError:
             return None
-        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+        found = next((line for line in lines if line.startswith(name)), None)
+        return None if found is None else 1024 * int(found.split()[1])
 
 
 def memory_of(device: str) -> CudaMemory | CpuMemory:
@@ -355,7 +359,10 @@ def quick(step: Step, device: Device, limit: float) -> Iterator[tuple[Step, dict
     for budget in sorted({step.budget, 1.0}):
         for frames in sorted({step.frames, *(n for n in (16, 32, 64) if n < step.frames)}):
             other = replace(step, frames=frames, budget=budget)
-            predicted = costs(other, cuda=device.cuda)
+            try:
+                predicted = costs(other, cuda=device.cuda)
+            except ValueError:  # so short that the budget is less than a token
+                continue
             # A process starts and checks for some seconds, and does the step twice and a half times.
             if time.perf_counter() + 8 + 5 * predicted.seconds(device) > end:
                 break

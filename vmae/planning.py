@@ -6,6 +6,7 @@ prediction follows the code, and nothing here repeats it.
 
 import functools
 import itertools
+import math
 import os
 import re
 import time
@@ -343,7 +344,10 @@ def plan(step: Step, device: Device, memory: float | None = None) -> Plan:
     def largest(field: str, unit: int, limit: int) -> int:
         def need(n: int) -> float:
             changed: Any = {field: unit * n}
-            return needed(of(replace(step, **changed)))
+            try:
+                return needed(of(replace(step, **changed)))
+            except ValueError:  # so short that nothing is left to decode: what is longer did not fit
+                return 0.0 if unit * n < getattr(step, field) else math.inf
 
         return unit * _largest(need, room, getattr(step, field) // unit, limit // unit)
 
