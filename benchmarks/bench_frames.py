@@ -13,9 +13,11 @@ from vmae.bench import Case
 from vmae.step import Step
 
 LONG = [256, 512, 1024, 2048, 4096] if DEVICE == "cuda" else []
-FRAMES = [128, 64, 32, 16, *LONG]
-FIRST = [("base", frames, budget) for budget in (0.15, 1.0) for frames in FRAMES]
+SHORT = [128, 64, 32, 16]
+FRAMES = [*SHORT, *LONG]
+FIRST = [("base", frames, budget) for budget in (0.15, 1.0) for frames in SHORT]
 LATER = [
+    *(("base", frames, budget) for frames in LONG for budget in (0.15, 1.0)),
     *(("small", frames, 0.15) for frames in FRAMES),
     *(("base", frames, 0.5) for frames in FRAMES),
     *(("large", frames, 0.15) for frames in (16, 32, 64, 128, *LONG)),
@@ -32,7 +34,7 @@ def test_step(report_step, benchmark, model, frames, budget):
     report_step(Case(Step(model, frames, budget=budget, precision=PRECISION), device=DEVICE))
 
 
-@pytest.mark.parametrize("frames", [128, *LONG])
+@pytest.mark.parametrize("frames", [128, *(pytest.param(n, marks=pytest.mark.later) for n in LONG)])
 def test_checkpointing(report_step, benchmark, frames):
     benchmark.group = "base, 15%, checkpointing"
     report_step(Case(Step("base", frames, precision=PRECISION, checkpointing=True), device=DEVICE))

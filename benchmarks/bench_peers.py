@@ -15,11 +15,12 @@ from vmae.bench import Case
 from vmae.step import Step
 
 LONG = [256, 512, 1024] if DEVICE == "cuda" else []
+LATER = [pytest.param(frames, marks=pytest.mark.later) for frames in LONG]
 PRECISIONS = sorted({"fp32", PRECISION}, reverse=True)  # its default first
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("frames", [128, 64, 32, 16, *LONG])
+@pytest.mark.parametrize("frames", [128, 64, 32, 16, *LATER])
 def test_huggingface(report_step, benchmark, frames, precision):
     if not importlib.util.find_spec("transformers"):
         pytest.skip("needs transformers, the `peers` extra")
@@ -27,14 +28,14 @@ def test_huggingface(report_step, benchmark, frames, precision):
     report_step(Case(Step("base", frames, budget=1.0, precision=precision), "huggingface", DEVICE))
 
 
-@pytest.mark.parametrize("frames", [128, 64, 32, 16, *LONG])
+@pytest.mark.parametrize("frames", [128, 64, 32, 16, *LATER])
 def test_dual_masking(report_step, benchmark, frames):
     benchmark.group = "dual masking (50 %) with SDPA"
     report_step(Case(Step("base", frames, budget=0.5, precision=PRECISION), "dual-masking", DEVICE))
 
 
 @pytest.mark.parametrize("way", ["plain", pytest.param("references", marks=pytest.mark.later)])
-@pytest.mark.parametrize("frames", [128, *LONG])
+@pytest.mark.parametrize("frames", [128, *LATER])
 def test_same_step(report_step, benchmark, frames, way):
     benchmark.group = {"plain": "vmae's step in plain PyTorch", "references": "vmae with VMAE_KERNELS=torch"}[way]
     report_step(Case(Step("base", frames, precision=PRECISION), way, DEVICE))

@@ -54,10 +54,9 @@ def measure(frames: int, preset: str) -> dict[str, Any]:
 
     def pipeline(mark: Mark) -> Tensor:
         mark("decoding")
-        clip = load()
+        clip = load().to(DEVICE)
         mark("tokenizer")
-        tokens = encode(clip.to(DEVICE))
-        return run(model, optimizer, clip.to(DEVICE), tokens, PRECISION, mark)
+        return run(model, optimizer, clip, encode(clip), PRECISION, mark)
 
     clip = load().to(DEVICE)
     bounds = [0, frames // 3 + 1, frames]

@@ -1,6 +1,8 @@
 """What the suites share: they time elsewhere, check before they report, and end in time."""
 
 import gc
+import os
+import shlex
 import statistics
 import time
 from collections.abc import Callable
@@ -124,4 +126,5 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
     if unchecked:
         raise pytest.UsageError(f"not reported: the results of {', '.join(unchecked)} were not checked in this run")
     output_json["out_of_memory"], output_json["left_out"] = _out_of_memory, _left_out
+    output_json["command"] = os.environ.get("BENCH_COMMAND") or shlex.join(["pytest", *config.invocation_params.args])
     output_json["limits"], output_json["failed"] = this_device()._asdict(), _failed

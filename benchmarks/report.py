@@ -106,7 +106,7 @@ def sections_of(found: dict[str, Any], results: Path, plots: dict[str, str]) -> 
     facts = (
         f"{versions}, {vmae['threads']} threads, commit {vmae['commit']}. Its limits, measured in the same run: bf16 "
         f"products {limits['bf16'] / 1e12:.3g} TFLOP/s, fp32 {limits['fp32'] / 1e12:.3g} TFLOP/s, copies "
-        f"{limits['bandwidth'] / 1e9:.3g} GB/s. By `python benchmarks/run.py`; "
+        f"{limits['bandwidth'] / 1e9:.3g} GB/s. By `{found.get('command', 'python benchmarks/run.py')}`; "
         f"[{results.name}]({results.name}) holds every number."
     )
     if left_out := found.get("left_out"):
@@ -169,8 +169,8 @@ def steps(points: list[Point], out_of_memory: list[dict], plots: dict[str, str],
     ]  # fmt: skip
     predicted = Section(
         "What `vmae plan` says of the same steps",
-        "Predicted memory and FLOP against measured ones, and measured time against the least time predicted.",
-        ["who", "frames", "memory", "predicted / measured", "FLOP predicted / counted", "time / least"],
+        "Predicted memory and FLOP against measured ones, and measured time against that of perfect kernels.",
+        ["who", "frames", "memory", "predicted / measured", "FLOP predicted / counted", "time / perfect"],
         rows,
     )
     parts = Section("Where a step's time goes", "", [], [], plots.get("parts"))

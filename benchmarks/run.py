@@ -12,6 +12,7 @@ import argparse
 import datetime
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -67,7 +68,8 @@ def measure(args: argparse.Namespace) -> int:
         ]
         # Where vmae is not installed, as on a machine that was lent for an hour.
         path = os.pathsep.join((str(HERE.parent), str(HERE.parent / "kernels"), os.environ.get("PYTHONPATH", "")))
-        status = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+        said = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
+        status = subprocess.run(command, env={**os.environ, "PYTHONPATH": path, "BENCH_COMMAND": said}).returncode
         if not new.exists() or not new.stat().st_size:
             sys.exit("run.py: error: nothing was measured, and nothing is written")
         new.replace(out)
