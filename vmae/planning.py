@@ -424,8 +424,8 @@ def table(plan: Plan) -> str:
         "",
         "How sure: the memory is what the step's own code asks for; on CPUs it was measured to be so within 10 %, and "
         "is not yet measured on a GPU.",
-        f"The time is from what the device computes and moves at best ({device.source}): on a CPU steps took 0.9 to 1.5 "
-        "times as long; on a GPU, where it is not yet measured, expect more.",
+        f"The time is from what the device computes and moves at best ({device.source}): on a CPU steps took 0.9 to "
+        "1.5 times as long; on a GPU, where it is not yet measured, expect more.",
     ]
     return "\n".join(lines)
 
