@@ -155,7 +155,10 @@ def test_a_step_that_no_shorter_one_could_replace():
     step = Step("tiny", frames=128, size=32, budget=0.05, precision="fp32")  # below 10 frames it decodes nothing
     found = plan(step, DEVICES["h100"], 0.5 * GIB)
     assert planning.needed(found.costs) > 0.5 * GIB
-    assert found.batch == 0
+    assert (found.frames, found.batch) == (0, 0)
+    shortest = planning.needed(costs(replace(step, frames=10)))
+    assert shortest < planning.needed(found.costs)
+    assert plan(step, DEVICES["h100"], shortest).frames == 10
 
 
 def test_time_is_that_of_the_slowest_limit():

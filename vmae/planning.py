@@ -6,7 +6,6 @@ prediction follows the code, and nothing here repeats it.
 
 import functools
 import itertools
-import math
 import os
 import re
 import time
@@ -342,16 +341,27 @@ def plan(step: Step, device: Device, memory: float | None = None) -> Plan:
     this = of(step)
 
     def largest(field: str, unit: int, limit: int) -> int:
-        def need(n: int) -> float:
-            changed: Any = {field: unit * n}
-            try:
-                return needed(of(replace(step, **changed)))
-            except ValueError:  # so short that nothing is left to decode: what is longer did not fit
-                return 0.0 if unit * n < getattr(step, field) else math.inf
+        def changed(n: int) -> Step:
+            new: Any = {field: unit * n}
+            return replace(step, **new)
 
-        return unit * _largest(need, room, getattr(step, field) // unit, limit // unit)
+        least = 1
+        while not _possible(changed(least)):  # clips so short that nothing would be decoded
+            least += 1
+        found = _largest(
+            lambda n: needed(of(changed(n))) if n >= least else 0.0, room, getattr(step, field) // unit, limit // unit
+        )
+        return unit * found if found >= least else 0
 
     return Plan(step, device, room, this, largest("frames", TUBELET[0], LONGEST), largest("batch", 1, LARGEST))
+
+
+def _possible(step: Step) -> bool:
+    try:
+        step.config()
+    except ValueError:
+        return False
+    return True
 
 
 def _largest(need: Callable[[int], float], room: float, start: int, limit: int) -> int:
