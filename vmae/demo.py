@@ -3,10 +3,12 @@
 import importlib.metadata
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from vmae import checkpoint
+from vmae.doctor import native_bf16
 from vmae.features import encode_video
 from vmae.mae import VideoMAE
 from vmae.optimisation import Optimisation, autocast
@@ -46,6 +48,8 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
         mae_steps: steps of MAE pretraining.
     """
     begin = time.perf_counter()
+    # Where bf16 is emulated it takes many times as long.
+    precision: Literal["bf16", "fp32"] = "bf16" if torch.cuda.is_available() or native_bf16() else "fp32"
     clips = demo_clips()
     videos = out / "videos.txt"
     tokenizer_run = TokenizerRun(
@@ -54,7 +58,9 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
         model="tiny",
         gan=0.0,  # minutes are too short for an adversary
         ema=0.99,
-        optimisation=Optimisation(steps=tokenizer_steps, batch_size=2, lr=1e-3, beta2=0.99, weight_decay=0.0),
+        optimisation=Optimisation(
+            steps=tokenizer_steps, batch_size=2, lr=1e-3, beta2=0.99, weight_decay=0.0, precision=precision
+        ),
         overwrite=True,
     )
     mae_run = PretrainRun(
@@ -63,7 +69,7 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
         clips=Clips(FRAMES, SIZE),
         tokenizer=tokenizer_run.out,
         model="tiny",
-        optimisation=Optimisation(steps=mae_steps, lr=1e-3),
+        optimisation=Optimisation(steps=mae_steps, lr=1e-3, precision=precision),
         overwrite=True,
     )
     for run in (tokenizer_run, mae_run):
@@ -79,12 +85,20 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
     mae_dir = pretrain(mae_run)
     print("3/4  Encoding bigbuckbunny")
     features = encode_video(
-        clips["bigbuckbunny"], checkpoint.load(VideoMAE, mae_dir), out / "features.safetensors", device="cpu"
+        clips["bigbuckbunny"],
+        checkpoint.load(VideoMAE, mae_dir),
+        out / "features.safetensors",
+        device="cpu",
+        precision=precision,
     )
     print(f"     features {list(features)} in {out / 'features.safetensors'}")
     print("4/4  Drawing the page")
     tokenizer = checkpoint.load(AdaptiveTokenizer, tokenizer_dir)
-    page([section(path, tokenizer, name) for name, path in clips.items()], Masking(), out / "page.html")
+    page(
+        [section(path, tokenizer, name, precision=precision) for name, path in clips.items()],
+        Masking(),
+        out / "page.html",
+    )
     logs = {"tokenizer: pixel loss": tokenizer_dir / checkpoint.LOG, "MAE: latent loss": mae_dir / checkpoint.LOG}
     loss_plot(logs, out / "loss.png")
     for title, log in logs.items():
