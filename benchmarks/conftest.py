@@ -32,7 +32,8 @@ def tick(seconds: float) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--minutes", type=float, default=None, help="begin no measurement after so many")
+    help = "begin no measurement after so many, and stop those in processes of their own when a tenth more are over"
+    parser.addoption("--minutes", type=float, default=None, help=help)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,21 +82,37 @@ def report(benchmark: Any) -> Callable[..., None]:
 
 
 @pytest.fixture
-def report_step(benchmark: Any, report: Callable[..., None], limits: Device) -> Callable[[Case], None]:
-    """Measure a step in a process of its own, and report it."""
+def elsewhere(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
+    """What another process measures in the seconds that it is given; skips, and notes why, where that is nothing."""
 
-    def run(case: Case) -> None:
-        step = case.step
-        about = {"way": case.way, **{name: getattr(step, name) for name in step.__dataclass_fields__}}
+    def run(measure: Callable[[float | None], dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+        minutes, elapsed = request.config.getoption("--minutes"), time.monotonic() - request.config.stash[_begin]
         if DEVICE == "cuda":  # what this process holds, the other cannot have
             flushed.cache_clear()
             gc.collect()
             torch.cuda.empty_cache()
         try:
-            found = in_a_process(case)
+            return measure(None if minutes is None else 66 * minutes - elapsed)
         except OutOfMemory as error:
             _out_of_memory.append(about)
             pytest.skip(f"out of memory: {error}")
+        except TimeoutError as error:
+            _left_out.append(request.node.name)
+            pytest.skip(str(error))
+
+    return run
+
+
+@pytest.fixture
+def report_step(
+    elsewhere: Callable[..., dict[str, Any]], report: Callable[..., None], limits: Device
+) -> Callable[[Case], None]:
+    """Measure a step in a process of its own, and report it."""
+
+    def run(case: Case) -> None:
+        step = case.step
+        about = {"way": case.way, **{name: getattr(step, name) for name in step.__dataclass_fields__}}
+        found = elsewhere(lambda timeout: in_a_process(case, timeout), about)
         seconds = statistics.median(found["seconds"])
         peak = limits.bf16 if step.precision == "bf16" else limits.fp32
         about |= {name: found[name] for name in ("parts", "bytes", "bytes_between_steps", "flops", "loss")}

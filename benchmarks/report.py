@@ -3,6 +3,7 @@
 import html
 import importlib.util
 import json
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -117,13 +118,22 @@ def sections_of(found: dict[str, Any], results: Path, plots: dict[str, str]) -> 
         facts += f" FAILED, and so not here: {', '.join(failed)}."
     sections = [Section("Machine", facts, [], [])]
     if points:
-        sections += steps(points, found.get("out_of_memory", []), plots, min(128, max(p.frames for p in points)))
+        sections += steps(points, first_out_of_memory(found), plots, min(128, max(p.frames for p in points)))
     sections += kernels(found, plots)
     sections += pipeline(found)
     return sections
 
 
-def steps(points: list[Point], out_of_memory: list[dict], plots: dict[str, str], frames: int) -> list[Section]:
+def first_out_of_memory(found: dict[str, Any]) -> dict[str, int]:
+    """The shortest clips that did not fit, by line."""
+    shortest: dict[str, int] = {}
+    for about in found.get("out_of_memory", []):
+        if "way" in about:  # of a pipeline the page says so elsewhere
+            shortest[line_of(about)] = min(about["frames"], shortest.get(line_of(about), about["frames"]))
+    return shortest
+
+
+def steps(points: list[Point], failed: dict[str, int], plots: dict[str, str], frames: int) -> list[Section]:
     fits = fits_of(points)
     same = [p for p in points if p.frames == frames and p.facts["model"] == "base"]
     ours = next((p for p in same if p.facts["way"] == "vmae" and p.facts["budget"] == 0.15), None)
@@ -139,10 +149,7 @@ def steps(points: list[Point], out_of_memory: list[dict], plots: dict[str, str],
         ["who", "time", "against vmae", "memory", "TFLOP", "TFLOP/s", "of the peak"],
         rows,
     )
-    failed = {}
-    for about in out_of_memory:
-        failed[line_of(about)] = min(about["frames"], failed.get(line_of(about), about["frames"]))
-    lines = list(dict.fromkeys(p.line for p in points))
+    lines = list(dict.fromkeys([*(p.line for p in points), *failed]))
     rows = []
     for line in lines:
         mine = [p for p in points if p.line == line]
@@ -206,6 +213,9 @@ def pipeline(found: dict[str, Any]) -> list[Section]:
             parts = ", ".join(f"{part} {seconds:.2g}" for part, seconds in facts["parts"].items() if seconds > 0.005)
             median = bench["stats"]["median"]
             rows.append([facts["tokenizer"], str(facts["frames"]), f"{median:.3g} s", gib(facts["bytes"]), parts])
+    for about in found.get("out_of_memory", []):
+        if "tokenizer" in about:
+            rows.append([about["tokenizer"], str(about["frames"]), "", "out of memory", ""])
     text = "A video decoded, tokens from the frozen tokenizer, and a step of the base model at 15 %."
     header = ["tokenizer", "frames", "time", "memory", "seconds by part"]
     return [Section("From a file to an updated model", text, header, rows)] if rows else []
@@ -228,7 +238,7 @@ def draw(found: dict[str, Any], results: Path) -> dict[str, str]:
 
     base = [p for p in points if p.facts["model"] == "base"]
     if base:
-        failed = {(line_of(about), about["frames"]) for about in found.get("out_of_memory", [])}
+        failed, colours = first_out_of_memory(found), {}
         figure = Figure(figsize=(11, 4.6), layout="constrained")
         memory, time = figure.subplots(1, 2)
         for line in dict.fromkeys(p.line for p in base):
@@ -239,8 +249,10 @@ def draw(found: dict[str, Any], results: Path) -> dict[str, str]:
             sizes = [p.facts["bytes"] / GIB for p in mine if p.facts["bytes"]]
             if sizes:
                 memory.plot(frames[: len(sizes)], sizes, label=line, color=drawn.get_color(), **style)
-                for _, at in (each for each in failed if each[0] == line):
-                    memory.plot([at], [max(sizes) * at / frames[-1]], marker="x", color=drawn.get_color())
+            colours[line] = drawn.get_color()
+        top = memory.get_xaxis_transform()  # how much those would take is not known: a cross at the top
+        for line, at in failed.items():
+            memory.plot([at], [0.97], marker="x", color=colours.get(line, "gray"), transform=top, linestyle="")
         memory.set(title="memory of a step (x: out of memory)", ylabel="GiB above what stands between steps")
         time.set(title="time of a step", ylabel="seconds")
         ticks = sorted({p.frames for p in base})
@@ -305,11 +317,20 @@ def as_markdown(section: Section) -> str:
     return "\n".join(lines).rstrip()
 
 
+_MARKS = re.compile(r"\[([^]]+)\]\(([^)]+)\)|`([^`]+)`")
+
+
+def _mark(found: re.Match[str]) -> str:
+    """Markdown's link or code as HTML."""
+    label, address, code = found.groups()
+    return f"<code>{code}</code>" if code else f'<a href="{address}">{label}</a>'
+
+
 def as_html(section: Section) -> str:
     def row(cells: list[str], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
-    text = f"<p>{html.escape(section.text)}</p>" if section.text else ""
+    text = f"<p>{_MARKS.sub(_mark, html.escape(section.text))}</p>" if section.text else ""
     plot = f'<img src="{section.plot}" alt="{html.escape(section.title)}">' if section.plot else ""
     rows = "\n".join(row(cells, "td") for cells in section.rows)
     table = f'<div class="scroll"><table>{row(section.header, "th")}\n{rows}</table></div>' if section.rows else ""

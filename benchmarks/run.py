@@ -1,6 +1,6 @@
 """Run the suites, and write what they found to benchmarks/results/DEVICE-DATE: .json, .md, .html and plots.
 
-    python benchmarks/run.py                          # 13 minutes on a CPU, 8 on a GPU, and what was begun by then
+    python benchmarks/run.py                          # 13 minutes on a CPU, 8 on a GPU; a tenth more for what was begun
     python benchmarks/run.py --minutes 60 frames      # longer, one suite
     python benchmarks/run.py --report FILE.json       # tables, plots and page of earlier results again
 
@@ -23,7 +23,7 @@ from measuring import DEVICE, machine
 from report import write
 
 HERE = Path(__file__).parent
-SUITES = ("kernels", "frames", "peers", "pipeline")
+SUITES = ("kernels", "frames", "peers", "pipeline", "causal_conv3d")
 
 
 def main() -> None:

@@ -4,9 +4,11 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vmae import VideoMAE, bench, cli
 from vmae.bench import Case, OutOfMemory, check, in_a_process, plain
@@ -46,7 +48,7 @@ def test_figures(way):
     assert list(found["parts"]) == (["forward", "backward", "optimizer"] if way == "huggingface" else list(PARTS))
     assert sum(found["parts"].values()) == pytest.approx(sum(found["seconds"]) / 2, rel=0.5)
     assert found["tokens"] == 128
-    assert "of another implementation in float32" in found["checked"]
+    assert "by other means in float32" in found["checked"]
     if sys.platform == "linux":
         assert found["bytes"] > 1e6
         assert found["bytes_between_steps"] > 1e6
@@ -60,8 +62,24 @@ def test_figures(way):
 def test_nothing_wrong_is_measured(monkeypatch):
     assert check(Case(TINY)) < 1e-4
     monkeypatch.setattr(bench, "plain", lambda *given: 1.01 * plain(*given))
-    with pytest.raises(ValueError, match=r"vmae: gradient: expected within 0.001 of another .*, got 0.0099"):
+    with pytest.raises(ValueError, match=r"vmae: gradient of .*: expected within 0.001 of that .*, got 0.0099"):
         check(Case(TINY))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_one_wrong_gradient_is_found(monkeypatch, part, precision):
+    """Of queries or keys, whose share in the norm of the whole is small: a fifth too much."""
+    step = replace(TINY, precision=precision)
+    check(Case(step))
+
+    def wrong(*given):
+        given = [x + 0.2 * (x - x.detach()) if name == part else x for name, x in zip("qkv", given, strict=True)]
+        return F.scaled_dot_product_attention(*given)
+
+    monkeypatch.setattr(bench, "F", SimpleNamespace(scaled_dot_product_attention=wrong, mse_loss=F.mse_loss))
+    with pytest.raises(ValueError, match=r"gradient of \w+"):
+        check(Case(step))
 
 
 def test_a_wrong_loss_is_not_measured(monkeypatch):
@@ -77,6 +95,11 @@ def test_out_of_memory():
         in_a_process(Case(replace(TINY, batch=1 << 36)))
 
 
+def test_not_longer_than_it_may():
+    with pytest.raises(TimeoutError, match=r"vmae: not done after 0 s"):
+        in_a_process(Case(TINY), timeout=0.1)
+
+
 def test_cases_that_cannot_be():
     with pytest.raises(ValueError, match=r"way: expected one of vmae, .*, got 'faster'"):
         Case(TINY, "faster")  # type: ignore[arg-type]
@@ -88,7 +111,8 @@ def test_a_minute_is_not_overrun(monkeypatch):
     device = this_device()
     asked = []
 
-    def measured(case):
+    def measured(case, timeout):
+        assert 0 < timeout <= 60
         asked.append((case.step.frames, case.step.budget))
         if case.step.frames == 32:
             raise OutOfMemory("too little")

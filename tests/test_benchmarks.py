@@ -72,7 +72,12 @@ def found() -> dict:
         "machine_info": {"vmae": machine},
         "datetime": "2026-01-02T03:04:05",
         "limits": {"bf16": 1e12, "fp32": 1e11, "bandwidth": 1e10},
-        "out_of_memory": [{**shared, "way": "huggingface", "frames": 256}],
+        "out_of_memory": [
+            {**shared, "way": "huggingface", "frames": 512},
+            {**shared, "way": "huggingface", "frames": 256},
+            {**shared, "way": "dual-masking", "frames": 128},
+            {"tokenizer": "base", "frames": 512},
+        ],
         "left_out": ["test_step[large]"],
         "failed": ["test_step[small]"],
     }
@@ -93,7 +98,11 @@ def test_report(found, tmp_path):
     assert "| 20.00 MiB, from 100 MiB at none, within 0.0%, from 32 frames on | at 256 frames |" in text
     assert "| 0.72 GiB | 2.000 | 1.000 | 10.00 |" in text
     assert "| topk< float32 | 128 | forward | 10 ms | other: 20 ms | 2.00 x | 5 GB/s | 25% |" in text
+    assert "| dual masking with SDPA, 15%, bf16 |  |  | at 128 frames |" in text
+    assert "| base | 512 |  | out of memory |  |" in text
     page = results.with_suffix(".html").read_text()
+    assert '<a href="machine-2026.json">machine-2026.json</a> holds every number' in page
+    assert "<code>python benchmarks/run.py</code>" in page
     assert "A &amp; B" in page
     assert "topk&lt; float32" in page
     plots = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
@@ -162,7 +171,7 @@ def test_steps_ask_for_no_more_than_they_did():
         (["--report", "other.json"], "other.json: expected results of this script, found no 'benchmarks'"),
         (["--report", "cut.json"], "run.py: error: "),
         (["-k", "fsq"], "-k: expected with --out"),
-        (["speed"], "expected suites of kernels, frames, peers, pipeline, got speed"),
+        (["speed"], "expected suites of kernels, frames, peers, pipeline, causal_conv3d, got speed"),
         (["kernels", "--minutes", "0", "--out", "old.json"], "run.py: error: nothing was measured"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
