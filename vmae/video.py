@@ -4,12 +4,13 @@ import functools
 import importlib
 import math
 import random
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +34,9 @@ class _Index:
     ticks: list[int] | None  # None where the container stores no usable timestamps
     duration: float
     slack: float  # by how much a time may be rounded
-    height: int
+    height: int  # in the file's own pixels, before it is turned as it says
     width: int
+    aspect: float  # width of such a pixel, by its height
     codec: str
 
 
@@ -47,7 +49,7 @@ class View:
     times: tuple[float, ...]
     """Seconds from the first frame of the file."""
     crop: tuple[int, int, int, int]
-    """Top, left, height and width, in pixels of the file."""
+    """Top, left, height and width, in the file's own pixels, before they are turned as it says."""
     size: int
     flip: bool
 
@@ -87,6 +89,9 @@ def load_clip(
     seed: int | None = None,
 ) -> Tensor:
     """Decode a clip, with its short side resized to `size` and the long side cropped at the centre.
+
+    Pictures are turned and mirrored as the file says, and pixels that are not square are made so. Colours are FFmpeg's
+    conversion to 8 bits: alpha is dropped, HDR is not tone-mapped, interlaced fields stay woven.
 
     Args:
         path: a video file that FFmpeg reads.
@@ -135,7 +140,7 @@ def draw_view(
     # Not drawn where it is off, so that what is off changes nothing else.
     speed = (1 + augmentation.jitter) ** draw.uniform(-1, 1) if augmentation.jitter else 1.0
     wanted = _wanted_frames(path, index, frames, fps, stride, start, short, speed, draw)
-    crop = _central_square(index.height, index.width)
+    crop = _central_square(index.height, index.width, index.aspect)
     if augmentation.crop < 1:
         crop = _random_crop(index.height, index.width, augmentation.crop, draw)
     flip = augmentation.flip and draw.random() < 0.5
@@ -182,6 +187,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         if not path.is_file():
             found = "a directory" if path.is_dir() else "no such file"
+            found = "a URL, which is not fetched: download it first" if re.match(r"[a-z0-9]+:/", str(path)) else found
             raise VideoError(f"{path}: expected a video file, found {found}")
         if path.stat().st_size == 0:
             raise VideoError(f"{path}: the file is empty")
@@ -265,7 +271,8 @@ def _packets(path: Path, size: int, changed: int) -> _Index:
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         promised, rate, tick = stream.frames, stream.average_rate, stream.time_base
         timed = container.format.name != "avi"  # stores none; FFmpeg's are in decoding order
-        picture = stream.codec_context.height, stream.codec_context.width, stream.codec_context.name
+        aspect = float(stream.sample_aspect_ratio or 1)
+        picture = stream.codec_context.height, stream.codec_context.width, aspect, stream.codec_context.name
     if not packets:
         raise VideoError(f"{path}: has no video frames")
     if len(packets) < promised:
@@ -360,9 +367,10 @@ def _wanted_frames(
     return [max(bisect_right(index.times, moment + index.slack) - 1, 0) for moment in moments]
 
 
-def _central_square(height: int, width: int) -> tuple[int, int, int, int]:
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
+def _central_square(height: int, width: int, aspect: float) -> tuple[int, int, int, int]:
+    """Of a picture whose pixels are `aspect` times as wide as high: top, left, height and width, in pixels."""
+    h, w = min(height, max(round(width * aspect), 1)), min(width, max(round(height / aspect), 1))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def _random_crop(height: int, width: int, least: float, draw: random.Random) -> tuple[int, int, int, int]:
@@ -394,7 +402,13 @@ def _decode(path: Path, index: _Index, view: View, *, seek: bool) -> tuple[np.nd
             number = number_of.get(frame.pts, -1) if number_of else decoded
             decoded += 1
             if not frame.is_corrupt and number in places:
-                clip[places.pop(number)] = _picture(rgb.reformat(frame, format="rgb24").to_ndarray(), view)
+                if (frame.height, frame.width) != (index.height, index.width):
+                    raise VideoError(
+                        f"{path}: expected one size, found pictures of {index.height} x {index.width} and of "
+                        f"{frame.height} x {frame.width}"
+                    )
+                picture = rgb.reformat(frame, format="rgb24").to_ndarray()
+                clip[places.pop(number)] = _picture(picture, view, _turn(path, frame))
             if number_of and not places:
                 break
     if number_of is None and decoded != len(index.times):  # which ones are missing, nobody knows
@@ -409,15 +423,18 @@ def _decode_torchcodec(path: Path, index: _Index, view: View) -> np.ndarray | No
         return None
     wanted = sorted(set(view.frames))
     try:
-        found = codec.VideoDecoder(str(path), dimension_order="NHWC").get_frames_at(wanted)
+        decoder = codec.VideoDecoder(str(path), dimension_order="NHWC")
+        if getattr(decoder.metadata, "rotation", None):  # and so it has turned them
+            return None
+        found = decoder.get_frames_at(wanted)
     except (RuntimeError, ValueError, IndexError):  # PyAV names what is wrong, or gets by with it
         return None
     times = found.pts_seconds - (found.pts_seconds[0] - index.times[wanted[0]])
-    if found.data.shape[1:3] != (index.height, index.width):  # turned as the file says, unlike what PyAV gives
+    if found.data.shape[1:3] != (index.height, index.width):
         return None
     if len(times) != len(wanted) or not torch.allclose(times, torch.tensor([index.times[i] for i in wanted]).to(times)):
         return None
-    pictures = [_picture(frame.numpy(), view) for frame in found.data]
+    pictures = [_picture(frame.numpy(), view, _UPRIGHT) for frame in found.data]
     place = {number: i for i, number in enumerate(wanted)}
     return np.ascontiguousarray(np.stack([pictures[place[number]] for number in view.frames]))
 
@@ -430,15 +447,41 @@ def _torchcodec() -> Any:
         return None
 
 
-def _picture(frame: np.ndarray, view: View) -> np.ndarray:
+class _Turn(NamedTuple):
+    """How a picture is to be shown: rows and columns change places, then it is mirrored."""
+
+    transposed: bool
+    left_right: bool
+    up_down: bool
+
+
+_UPRIGHT = _Turn(False, False, False)
+
+
+def _turn(path: Path, frame: Any) -> _Turn:
+    """What the file says of a frame, by the matrix that takes (x, y) to (a x + c y, b x + d y)."""
+    from av.sidedata.sidedata import Type
+
+    if (matrix := frame.side_data.get(Type.DISPLAYMATRIX)) is None:
+        return _UPRIGHT
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if a and d and not (b or c):
+        return _Turn(False, a < 0, d < 0)
+    if b and c and not (a or d):
+        return _Turn(True, c < 0, b < 0)
+    raise VideoError(f"{path}: is turned by an angle that is no multiple of 90 degrees")
+
+
+def _picture(frame: np.ndarray, view: View, turn: _Turn) -> np.ndarray:
     """The part of a frame [H, W, 3] that a view shows, [size, size, 3]."""
     top, left, height, width = view.crop
     part = frame[top : top + height, left : left + width]
-    if view.flip:
-        part = part[:, ::-1].copy()
+    if turn.transposed:
+        part = part.transpose(1, 0, 2)
+    part = part[:: -1 if turn.up_down else 1, :: -1 if turn.left_right != view.flip else 1]
     if part.shape[:2] == (view.size, view.size):
         return part
     # Faster than FFmpeg's, and the same kernel whatever the frame's size: it is widened where pixels get fewer.
-    pixels = torch.from_numpy(part).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1)[None]
     resized = F.interpolate(pixels, (view.size, view.size), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
