@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from vmae.doctor import native_bf16
+from vmae.optimisation import precision_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PRECISION = "bf16" if DEVICE == "cuda" or native_bf16() else "fp32"  # where bf16 is emulated it is slower than fp32
+PRECISION = precision_of("auto", torch.device(DEVICE))
 
 
 @functools.cache

@@ -562,7 +562,7 @@ def test_a_class_without_a_usable_video_is_refused(colours, tmp_path):
         ({"seeds": 1}, "seeds: expected at least 2, got 1"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"workers": -1}, "workers: expected at least 0, got -1"),
-        ({"precision": "fp16"}, "precision: expected one of bf16, fp32, got 'fp16'"),
+        ({"precision": "fp16"}, "precision: expected one of auto, bf16, fp32, got 'fp16'"),
         ({"device": "tpu"}, "device: expected one of auto, cpu, cuda, got 'tpu'"),
         ({"stride": 0}, "stride"),
         ({"model": Path("nowhere")}, "nowhere: expected a saved VideoMAE"),

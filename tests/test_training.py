@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, VideoMAE, batches, checkpoint, load_clip
+from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, VideoMAE, batches, checkpoint, load_clip, optimisation
 from vmae.masking import STRATEGIES
 from vmae.optimisation import Optimisation, learning_rate
 from vmae.pretraining import PretrainRun, pretrain
@@ -404,3 +404,21 @@ def test_pickles_are_not_read(tokenizer_dir, tmp_path):
     (tmp_path / "config.json").write_text((tokenizer_dir / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         AdaptiveTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "native", "wanted"),
+    [
+        ("auto", "cpu", False, "fp32"),
+        ("auto", "cpu", True, "bf16"),
+        ("auto", "cuda", False, "bf16"),
+        ("bf16", "cpu", False, "bf16"),
+        ("fp32", "cuda", True, "fp32"),
+    ],
+)
+def test_precision(monkeypatch, name, device, native, wanted):
+    monkeypatch.setattr(optimisation, "native_bf16", lambda: native)
+    assert optimisation.precision_of(name, torch.device(device)) == wanted
+    if device == "cpu":
+        with optimisation.autocast(torch.device(device), name):
+            assert torch.is_autocast_enabled("cpu") == (wanted == "bf16")

@@ -17,7 +17,7 @@ from vmae.evaluation import table
 from vmae.features import encode_video
 from vmae.mae import VideoMAE
 from vmae.mae_evaluation import evaluated_mae, mae_table
-from vmae.optimisation import device_of
+from vmae.optimisation import Precision, device_of, precision_of
 from vmae.pretraining import PretrainRun, cache, pretrain
 from vmae.probe import ProbeRun, probe
 from vmae.probe import table as table_of_probes
@@ -121,7 +121,7 @@ def encode(
     stride: int = 1,
     fps: float | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    precision: Literal["bf16", "fp32"] = "bf16",
+    precision: Precision = "auto",
 ) -> None:
     """Write a video's features [N, D] to a safetensors file.
 
@@ -134,7 +134,8 @@ def encode(
         stride: take every n-th frame.
         fps: sample by time at this rate instead.
         device: where to compute.
-        precision: of the computation; the file holds float32.
+        precision: of the computation, where auto is bf16, but fp32 on CPUs that only emulate bf16; the file holds
+            float32.
     """
     loaded = checkpoint.load(VideoMAE, model)
     sampling = {"stride": stride, "fps": fps}
@@ -150,7 +151,7 @@ def show(
     frames: int = 128,
     size: int = 224,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    precision: Literal["bf16", "fp32"] = "bf16",
+    precision: Precision = "auto",
 ) -> None:
     """Write a page that shows a video's scores and what each strategy selects.
 
@@ -162,7 +163,7 @@ def show(
         frames: frames of the clip, from the middle of the video.
         size: rows and columns.
         device: where to compute.
-        precision: of the computation.
+        precision: of the computation; auto is bf16, but fp32 on CPUs that only emulate bf16.
     """
     checkpoint.check_writable(out)
     loaded = checkpoint.load(AdaptiveTokenizer, tokenizer, device_of(device))
@@ -205,7 +206,7 @@ def bench_(
     frames: int = 128,
     size: int = 224,
     budget: float = 0.15,
-    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    precision: Precision = "auto",
     seconds: float = 60.0,
     json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
@@ -224,8 +225,7 @@ def bench_(
     """
     cuda = torch.cuda.is_available()
     preset = model if model != "auto" else "base" if cuda else "small"
-    exact = precision == "fp32" or (precision == "auto" and not cuda and not doctor.native_bf16())
-    step = Step(preset, frames, size, budget, precision="fp32" if exact else "bf16")
+    step = Step(preset, frames, size, budget, precision=precision_of(precision, device_of("auto")))
     step.config()  # says what is wrong before anything is measured
     device = planning.this_device()
     rows = []

@@ -3,12 +3,10 @@
 import importlib.metadata
 import time
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from vmae import checkpoint
-from vmae.doctor import native_bf16
 from vmae.features import encode_video
 from vmae.mae import VideoMAE
 from vmae.optimisation import Optimisation, autocast
@@ -48,8 +46,6 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
         mae_steps: steps of MAE pretraining.
     """
     begin = time.perf_counter()
-    # Where bf16 is emulated it takes many times as long.
-    precision: Literal["bf16", "fp32"] = "bf16" if torch.cuda.is_available() or native_bf16() else "fp32"
     clips = demo_clips()
     videos = out / "videos.txt"
     tokenizer_run = TokenizerRun(
@@ -58,9 +54,7 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
         model="tiny",
         gan=0.0,  # minutes are too short for an adversary
         ema=0.99,
-        optimisation=Optimisation(
-            steps=tokenizer_steps, batch_size=2, lr=1e-3, beta2=0.99, weight_decay=0.0, precision=precision
-        ),
+        optimisation=Optimisation(steps=tokenizer_steps, batch_size=2, lr=1e-3, beta2=0.99, weight_decay=0.0),
         overwrite=True,
     )
     mae_run = PretrainRun(
@@ -69,7 +63,7 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
         clips=Clips(FRAMES, SIZE),
         tokenizer=tokenizer_run.out,
         model="tiny",
-        optimisation=Optimisation(steps=mae_steps, lr=1e-3, precision=precision),
+        optimisation=Optimisation(steps=mae_steps, lr=1e-3),
         overwrite=True,
     )
     for run in (tokenizer_run, mae_run):
@@ -89,13 +83,12 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
         checkpoint.load(VideoMAE, mae_dir),
         out / "features.safetensors",
         device="cpu",
-        precision=precision,
     )
     print(f"     features {list(features)} in {out / 'features.safetensors'}")
     print("4/4  Drawing the page")
     tokenizer = checkpoint.load(AdaptiveTokenizer, tokenizer_dir)
     page(
-        [section(path, tokenizer, name, precision=precision) for name, path in clips.items()],
+        [section(path, tokenizer, name) for name, path in clips.items()],
         Masking(),
         out / "page.html",
     )
@@ -122,7 +115,7 @@ def section(
     title: str,
     frames: int = FRAMES,
     size: int = SIZE,
-    precision: str = "bf16",
+    precision: str = "auto",
 ) -> Section:
     """The page's part about one video."""
     check_clip(frames, size)

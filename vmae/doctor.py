@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vmae.optimisation import native_bf16
 from vmae_kernels import _csrc
 
 PACKAGES = ("vmae", "torch", "triton", "av", "numpy", "einops", "safetensors", "huggingface_hub", "transformers")
@@ -24,7 +25,7 @@ def report() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
-            "bf16": "native" if native_bf16() else "emulated: use --precision fp32",
+            "bf16": "native" if native_bf16() else "emulated: --precision auto is fp32",
         },
         "memory_gib": _memory_gib(),
         "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
@@ -88,15 +89,6 @@ def _ffmpeg() -> str | None:
     return getattr(av, "ffmpeg_version_info", None) or "libavcodec " + ".".join(
         map(str, av.library_versions["libavcodec"])
     )
-
-
-def native_bf16() -> bool:
-    """Whether matrix products in bfloat16 are the processor's own (AVX-512 BF16, AMX or Arm's)."""
-    if platform.machine() in ("arm64", "aarch64"):
-        return True
-    # PyTorch has no public question for it.
-    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(test() for test in tests if test)
 
 
 def _memory_gib() -> float | None:

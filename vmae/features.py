@@ -21,7 +21,7 @@ def encode_video(
     frames: int | None = None,
     size: int | None = None,
     device: str = "auto",
-    precision: str = "bf16",
+    precision: str = "auto",
     **sampling: Any,
 ) -> torch.Size:
     """Write the features [N, D] float32 of a video's clip to a safetensors file; returns their shape.

@@ -1,11 +1,15 @@
 """How the models are optimised: AdamW, its settings, and where and in which precision it all runs."""
 
+import functools
 import math
+import platform
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
+
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Optimisation:
     beta2: float = 0.95
     clip_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "auto"
+    """auto is bf16, but fp32 on CPUs that only emulate bf16."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes (torchrun) share the work: each with the whole model, or with a part of it."""
     save_every: int = 500
@@ -59,7 +64,24 @@ def device_of(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of(precision, device) == "bf16")
+
+
+def precision_of(name: str, device: torch.device) -> Literal["bf16", "fp32"]:
+    """What "auto" means there: bf16, but fp32 on CPUs that only emulate it, which takes many times as long."""
+    if name == "auto":
+        return "fp32" if device.type == "cpu" and not native_bf16() else "bf16"
+    return "bf16" if name == "bf16" else "fp32"
+
+
+@functools.cache
+def native_bf16() -> bool:
+    """Whether matrix products in bfloat16 are the processor's own (AVX-512 BF16, AMX or Arm's)."""
+    if platform.machine() in ("arm64", "aarch64"):
+        return True
+    # PyTorch has no public question for it.
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(test() for test in tests if test)
 
 
 def learning_rate(step: int, options: Optimisation) -> float:

@@ -19,7 +19,7 @@ from vmae.dataset import Batch, ClipDataset, batches, check_usable
 from vmae.flow import flow_available
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import SCORED, Strategy
-from vmae.optimisation import Optimisation, autocast, device_of
+from vmae.optimisation import Optimisation, autocast, device_of, precision_of
 from vmae.targets import Targets, everest_source, flow_source, tokenizer_source
 from vmae.tokenizer import AdaptiveTokenizer
 from vmae.training import Clips, Task, check_run, clips_of, fit
@@ -158,7 +158,7 @@ def _targets(run: PretrainRun, model: VideoMAE, device: torch.device) -> Targets
     levels: tuple[int, ...] = ()
     if run.tokenizer is not None and (run.target == "latent" or run.strategy == "adaptive"):
         tokenizer = checkpoint.load(AdaptiveTokenizer, run.tokenizer, device)
-        precision, levels = run.optimisation.precision, tokenizer.config.levels
+        precision, levels = precision_of(run.optimisation.precision, device), tokenizer.config.levels
         tokens = tokenizer_source(tokenizer, functools.partial(autocast, device, precision), precision, run.window)
     if run.strategy == "flow":
         scores = flow_source()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from vmae.cache import content_hash
 from vmae.dataset import ClipDataset, read_entries, start_worker
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import Grid
-from vmae.optimisation import Optimisation, adamw, autocast, device_of, set_learning_rate
+from vmae.optimisation import Optimisation, Precision, adamw, autocast, device_of, set_learning_rate
 from vmae.tokens import TUBELET, check_clip, check_video
 from vmae.video import VideoError
 
@@ -62,8 +62,8 @@ class ProbeRun:
     """Clips to encode at once."""
     workers: int = 1
     """Processes that decode."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the encoders; the probes are fitted in float32 and float64."""
+    precision: Precision = "auto"
+    """Of the encoders; auto is bf16, but fp32 on CPUs that only emulate bf16. Probes are fitted in float32 and 64."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def check(self) -> None:
@@ -75,7 +75,7 @@ class ProbeRun:
         for name, least in (("seeds", 2), ("batch_size", 1), ("workers", 0)):  # one seed has no spread
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        for name, known in (("precision", ("bf16", "fp32")), ("device", ("auto", "cpu", "cuda"))):
+        for name, known in (("precision", get_args(Precision)), ("device", ("auto", "cpu", "cuda"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.out is not None:
