@@ -14,7 +14,7 @@ import tyro
 from vmae import bench, checkpoint, distributed, doctor, planning
 from vmae.demo import demo, section
 from vmae.evaluation import table
-from vmae.features import encode_video
+from vmae.features import Per, encode_long, encode_video
 from vmae.mae import VideoMAE
 from vmae.mae_evaluation import evaluated_mae, mae_table
 from vmae.optimisation import Precision, device_of, precision_of
@@ -120,26 +120,40 @@ def encode(
     size: int | None = None,
     stride: int = 1,
     fps: float | None = None,
+    stream: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    overlap: int | None = None,
+    per: Per = "token",
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Precision = "auto",
 ) -> None:
-    """Write a video's features [N, D] to a safetensors file.
+    """Write a video's features: of a clip [N, D] to a safetensors file, or with --stream of all of it to a folder.
 
     Args:
         video: the video file.
         model: folder of a pretrained model.
-        out: file to write.
+        out: file to write; with --stream a folder.
         frames: frames of the clip, from the middle of the video; the model's own number if not given.
         size: rows and columns; the model's own if not given.
         stride: take every n-th frame.
         fps: sample by time at this rate instead.
+        stream: encode the whole video, of any length, clip after clip; goes on where it was stopped.
+        overlap: frames that neighbouring clips share, with --stream; a quarter of a clip if not given.
+        per: what to keep with --stream: every token, or the mean of each latent frame (two frames of the video).
+        overwrite: replace what --stream made with other settings.
         device: where to compute.
         precision: of the computation, where auto is bf16, but fp32 on CPUs that only emulate bf16; the file holds
             float32.
     """
     loaded = checkpoint.load(VideoMAE, model)
-    sampling = {"stride": stride, "fps": fps}
-    shape = encode_video(video, loaded, out, frames=frames, size=size, device=device, precision=precision, **sampling)
+    where: dict[str, Any] = {"frames": frames, "size": size, "stride": stride, "fps": fps}
+    where |= {"device": device, "precision": precision}
+    if stream:
+        shape = encode_long(video, loaded, out, overlap=overlap, per=per, overwrite=overwrite, **where)
+    elif overlap is not None or per != "token" or overwrite:
+        raise ValueError("overlap, per, overwrite: expected with --stream alone")
+    else:
+        shape = encode_video(video, loaded, out, **where)
     print(f"features {list(shape)} in {out}")
 
 

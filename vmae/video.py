@@ -6,8 +6,8 @@ import math
 import random
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -201,6 +201,60 @@ def frame_count(path: str | Path) -> int:
     return len(_read_index(Path(path)).times)
 
 
+def frame_numbers(path: str | Path, *, stride: int = 1, fps: float | None = None) -> list[int]:
+    """Numbers of a whole video's frames: every `stride`-th, or those shown `fps` times a second. Errors: as above."""
+    check_sampling(1, 1, fps, stride, 0, "refuse")
+    path = Path(path)
+    with _naming(path):
+        index = _read_index(path)
+    length = -(-len(index.times) // stride) if fps is None else max(math.floor(index.duration * fps + 1e-6), 1)
+    return _wanted_frames(path, index, length, fps, stride, 0, "loop", 1.0, random.Random(0))
+
+
+def pictures(path: str | Path, numbers: Sequence[int], size: int) -> Iterator[np.ndarray]:
+    """Decode frames one after the other, in memory that does not grow with the video: what `load_clip` shows of each.
+
+    Args:
+        path: a video file.
+        numbers: of the frames wanted, ascending; one may stand there several times.
+        size: rows and columns, in pixels.
+
+    Yields:
+        uint8 [size, size, 3].
+
+    Raises:
+        VideoError: as of `load_clip`, when the damage is reached.
+    """
+    import av
+
+    path = Path(path)
+    with _naming(path):
+        index = _read_index(path)
+        picture = _converter(
+            path, index, View((), (), _central_square(index.height, index.width, index.aspect), size, False)
+        )
+        at = 0
+        for begin in dict.fromkeys((numbers[0], 0)):
+            with closing(_frames(path, index, begin)) as found:
+                try:
+                    for number, frame in found:
+                        if number > numbers[at]:
+                            break
+                        if number == numbers[at]:
+                            shown = picture(frame)
+                            while at < len(numbers) and numbers[at] == number:
+                                yield shown
+                                at += 1
+                        if at == len(numbers):
+                            return
+                except av.FFmpegError:
+                    if at or not begin:
+                        raise
+            if at:  # else once more from the file's first frame: those after a seek may refer to some before it
+                break
+        raise VideoError(f"{path}: truncated or damaged: frame {numbers[at]} cannot be decoded")
+
+
 def check_sampling(frames: int, size: int, fps: float | None, stride: int, start: Start, short: str) -> None:
     for name, value in (("frames", frames), ("size", size), ("stride", stride)):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -268,7 +322,8 @@ def _packets(path: Path, size: int, changed: int) -> _Index:
         raise VideoError(f"{path}: truncated: its header promises {promised_bytes} bytes, {size} are there")
     container, stream = _open(path)
     with container, _log_counts(path, "matroska" in container.format.name):
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        # Of hours of video, too: what is in them is not kept.
+        packets = [(p.pts, p.duration, p.is_corrupt) for p in container.demux(stream) if p.size and not p.is_discard]
         promised, rate, tick = stream.frames, stream.average_rate, stream.time_base
         timed = container.format.name != "avi"  # stores none; FFmpeg's are in decoding order
         aspect = float(stream.sample_aspect_ratio or 1)
@@ -277,12 +332,12 @@ def _packets(path: Path, size: int, changed: int) -> _Index:
         raise VideoError(f"{path}: has no video frames")
     if len(packets) < promised:
         raise VideoError(f"{path}: truncated: its header promises {promised} frames, {len(packets)} are there")
-    if any(p.is_corrupt for p in packets):
+    if any(corrupt for _, _, corrupt in packets):
         raise VideoError(f"{path}: truncated or damaged: a frame is cut short")
-    ticks = sorted(p.pts for p in packets if p.pts is not None)
+    ticks = sorted(pts for pts, _, _ in packets if pts is not None)
     if timed and len(set(ticks)) == len(packets) and tick:
         times = [float((t - ticks[0]) * tick) for t in ticks]
-        last = next((float(p.duration * tick) for p in packets if p.pts == ticks[-1] and p.duration), 0.0)
+        last = next((float(duration * tick) for pts, duration, _ in packets if pts == ticks[-1] and duration), 0.0)
         last = last or (times[-1] / (len(times) - 1) if len(times) > 1 else 1.0)
         # Matroska rounds times to milliseconds.
         return _Index(times, ticks, times[-1] + last, min(float(tick), 1e-3) + 1e-6, *picture)
@@ -385,35 +440,51 @@ def _random_crop(height: int, width: int, least: float, draw: random.Random) -> 
 
 def _decode(path: Path, index: _Index, view: View, *, seek: bool) -> tuple[np.ndarray, int]:
     """The view's frames [T, size, size, 3] uint8, and how many of them were not found."""
-    from av.video.reformatter import VideoReformatter
-
     places: dict[int, list[int]] = {}
     for place, number in enumerate(view.frames):
         places.setdefault(number, []).append(place)
-    number_of = {tick: i for i, tick in enumerate(index.ticks)} if index.ticks else None
     clip = np.empty((len(view.frames), view.size, view.size, 3), dtype=np.uint8)
+    picture = _converter(path, index, view)
+    with closing(_frames(path, index, min(places) if seek else 0)) as found:
+        for number, frame in found:
+            if number in places:
+                clip[places.pop(number)] = picture(frame)
+            if index.ticks and not places:
+                break
+    return clip, len(places)
+
+
+def _frames(path: Path, index: _Index, begin: int) -> Generator[tuple[int, Any]]:
+    """All frames that can be decoded, with their numbers; where the file allows from the key frame before `begin`."""
+    number_of = {tick: i for i, tick in enumerate(index.ticks)} if index.ticks else None
     container, stream = _open(path)
-    rgb = VideoReformatter()  # one for all frames: to set it up takes longer than to convert a frame
     decoded = 0
     with container, _log_counts(path, stream.codec_context.name == "ffv1"):
-        if seek and index.ticks and min(places) > 0:
-            container.seek(index.ticks[min(places)], stream=stream)
+        if begin > 0 and index.ticks:
+            container.seek(index.ticks[begin], stream=stream)
         for frame in container.decode(stream):
-            number = number_of.get(frame.pts, -1) if number_of else decoded
+            if not frame.is_corrupt:
+                yield number_of.get(frame.pts, -1) if number_of else decoded, frame
             decoded += 1
-            if not frame.is_corrupt and number in places:
-                if (frame.height, frame.width) != (index.height, index.width):
-                    raise VideoError(
-                        f"{path}: expected one size, found pictures of {index.height} x {index.width} and of "
-                        f"{frame.height} x {frame.width}"
-                    )
-                picture = rgb.reformat(frame, format="rgb24").to_ndarray()
-                clip[places.pop(number)] = _picture(picture, view, _turn(path, frame))
-            if number_of and not places:
-                break
     if number_of is None and decoded != len(index.times):  # which ones are missing, nobody knows
         raise VideoError(f"{path}: truncated or damaged: {decoded} of {len(index.times)} frames can be decoded")
-    return clip, len(places)
+
+
+def _converter(path: Path, index: _Index, view: View) -> Callable[[Any], np.ndarray]:
+    """What turns a decoded frame into the part of it that a view shows, [size, size, 3]."""
+    from av.video.reformatter import VideoReformatter
+
+    rgb = VideoReformatter()  # one for all frames: to set it up takes longer than to convert a frame
+
+    def picture(frame: Any) -> np.ndarray:
+        if (frame.height, frame.width) != (index.height, index.width):
+            raise VideoError(
+                f"{path}: expected one size, found pictures of {index.height} x {index.width} and of "
+                f"{frame.height} x {frame.width}"
+            )
+        return _picture(rgb.reformat(frame, format="rgb24").to_ndarray(), view, _turn(path, frame))
+
+    return picture
 
 
 def _decode_torchcodec(path: Path, index: _Index, view: View) -> np.ndarray | None:
