@@ -12,16 +12,16 @@ import torch
 import tyro
 
 from vmae import bench, checkpoint, distributed, doctor, planning
-from vmae.demo import demo, section
+from vmae.demo import demo
 from vmae.evaluation import table
 from vmae.features import Per, encode_long, encode_video
 from vmae.mae import VideoMAE
 from vmae.mae_evaluation import evaluated_mae, mae_table
 from vmae.optimisation import Precision, device_of, precision_of
+from vmae.page import Masking, page, section
 from vmae.pretraining import PretrainRun, cache, pretrain
 from vmae.probe import ProbeRun, probe
 from vmae.probe import table as table_of_probes
-from vmae.report import Masking, page
 from vmae.step import Step
 from vmae.tokenizer import AdaptiveTokenizer
 from vmae.tokenizer_training import TokenizerRun, evaluated, train_tokenizer
@@ -162,18 +162,20 @@ def show(
     tokenizer: Path,
     out: Path,
     masking: tyro.conf.OmitArgPrefixes[Masking],
+    model: Path | None = None,
     frames: int = 128,
     size: int = 224,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Precision = "auto",
 ) -> None:
-    """Write a page that shows a video's scores and what each strategy selects.
+    """Write a page that plays a video beside its scores, what each strategy selects, and what models make of it.
 
     Args:
         video: the video file.
         tokenizer: folder of a trained tokenizer.
         out: HTML file to write.
         masking: how tokens are masked.
+        model: folder of a pretrained model, whose predictions are shown too.
         frames: frames of the clip, from the middle of the video.
         size: rows and columns.
         device: where to compute.
@@ -181,8 +183,10 @@ def show(
     """
     checkpoint.check_writable(out)
     loaded = checkpoint.load(AdaptiveTokenizer, tokenizer, device_of(device))
-    page([section(video, loaded, video.name, frames, size, precision)], masking, out)
-    print(f"page in {out}")
+    mae = None if model is None else checkpoint.load(VideoMAE, model, device_of(device))
+    shown = section(video, loaded, title=video.name, frames=frames, size=size, model=mae, precision=precision)
+    page([shown], masking, out)
+    print(f"page in {out}: open it in a browser")
 
 
 def doctor_(json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False) -> None:

@@ -4,19 +4,16 @@ import importlib.metadata
 import time
 from pathlib import Path
 
-import torch
-
 from vmae import checkpoint
 from vmae.features import encode_video
 from vmae.mae import VideoMAE
-from vmae.optimisation import Optimisation, autocast
+from vmae.optimisation import Optimisation
+from vmae.page import Masking, page, section
 from vmae.pretraining import PretrainRun, pretrain
-from vmae.report import Masking, Section, loss_plot, page, read_losses
+from vmae.report import loss_plot, read_losses
 from vmae.tokenizer import AdaptiveTokenizer
 from vmae.tokenizer_training import TokenizerRun, train_tokenizer
-from vmae.tokens import check_clip
 from vmae.training import Clips, check_run
-from vmae.video import frame_count, load_clip
 
 CLIPS = {"bigbuckbunny": "bigbuckbunny.mp4", "bikes": "bikes.mp4", "carphone": "carphone_pristine.mp4"}
 FRAMES, SIZE = 128, 224
@@ -87,8 +84,9 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
     print(f"     features {list(features)} in {out / 'features.safetensors'}")
     print("4/4  Drawing the page")
     tokenizer = checkpoint.load(AdaptiveTokenizer, tokenizer_dir)
+    model = checkpoint.load(VideoMAE, mae_dir)
     page(
-        [section(path, tokenizer, name) for name, path in clips.items()],
+        [section(path, tokenizer, title=name, frames=FRAMES, size=SIZE, model=model) for name, path in clips.items()],
         Masking(),
         out / "page.html",
     )
@@ -100,30 +98,10 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
         print(f"     {title}: {sum(losses[:part]) / part:.4f} at first, {sum(losses[-part:]) / part:.4f} at the end")
     print(
         f"\nDone in {time.perf_counter() - begin:.0f} s. Look at\n"
-        f"  {out / 'page.html'}   scores and selections; open it in a browser\n"
+        f"  {out / 'page.html'}   scores, selections, reconstructions; open it in a browser\n"
         f"  {out / 'loss.png'}    both losses\n"
         "\nNext, on your own videos (a folder, or a list of `path label` lines):\n"
         "  vmae tokenizer --data VIDEOS --out runs/tokenizer\n"
         "  vmae pretrain --data VIDEOS --tokenizer runs/tokenizer --out runs/mae\n"
         f"  vmae show VIDEO --tokenizer {tokenizer_dir} --out page.html"
     )
-
-
-def section(
-    path: Path,
-    tokenizer: AdaptiveTokenizer,
-    title: str,
-    frames: int = FRAMES,
-    size: int = SIZE,
-    precision: str = "auto",
-) -> Section:
-    """The page's part about one video."""
-    check_clip(frames, size)
-    clip = load_clip(path, frames=frames, size=size)
-    device = next(tokenizer.parameters()).device
-    with torch.no_grad(), autocast(device, precision):
-        tokens = tokenizer.encode(clip.to(device))
-    tokens = tokens._replace(scores=tokens.scores.cpu())
-    count = frame_count(path)
-    note = f"The file has {count} frames and is looped." if count < frames else ""
-    return Section(title, note, clip, tokens)
