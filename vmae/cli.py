@@ -26,6 +26,7 @@ from vmae.step import Step
 from vmae.tokenizer import AdaptiveTokenizer
 from vmae.tokenizer_training import TokenizerRun, evaluated, train_tokenizer
 from vmae.videomae import read_videomae, write_videomae
+from vmae.watching import watch
 
 Video = tyro.conf.Positional[Path]
 
@@ -189,6 +190,18 @@ def show(
     print(f"page in {out}: open it in a browser")
 
 
+def watch_(run: Video, every: float = 10.0) -> None:
+    """Follow a training run: write its report again and again, until it has done its steps.
+
+    The report is also there when a run ends, by itself.
+
+    Args:
+        run: folder of the run.
+        every: seconds between two reports.
+    """
+    watch(run, every)
+
+
 def doctor_(json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False) -> None:
     """Tell what this machine offers, and what will run on it.
 
@@ -267,6 +280,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "pretrain": pretrain_,
     "probe": probe_,
     "convert": convert,
+    "watch": watch_,
     "encode": encode,
     "show": show,
     "plan": plan_,

@@ -25,9 +25,10 @@ from vmae.flow import flow_available, flow_scores
 from vmae.mae import VideoMAE, everest_scores
 from vmae.masking import SCORED, STRATEGIES, Strategy, TubeMask, check_masks, select, tube_mask
 from vmae.optimisation import autocast
+from vmae.prediction import predicted, to_bytes
 from vmae.report import motion
 from vmae.tokenizer import AdaptiveTokenizer
-from vmae.tokens import TUBELET, Tokens, check_clip
+from vmae.tokens import Tokens, check_clip
 from vmae.video import frame_count, load_clip
 
 BUDGETS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -89,49 +90,18 @@ def section(
     device = next(tokenizer.parameters()).device
     with autocast(device, precision):
         tokens = tokenizer.encode(clip.to(device))
-        seen = _bytes(tokenizer.decode(tokens))
+        seen = to_bytes(tokenizer.decode(tokens))
         pictures = [Picture(f"tokenizer, {_psnr(seen, clip):.1f} dB", seen)]
         scores: dict[Strategy, Tensor] = {"flow": flow_scores(clip)} if flow_available() else {}
         if model is not None:
-            pictures.append(_predicted(clip.to(device), tokens, tokenizer, model.to(device).eval()))
+            found = predicted(clip.to(device), model.to(device).eval(), tokenizer, tokens)
+            share = len(found.selected) / math.prod(tokens.grid)
+            pictures.append(Picture(f"model, {share:.0%} of the tokens", found.video, found.selected))
             scores["everest"] = everest_scores(clip.to(device), model.patch_embed).cpu()
     tokens = Tokens(tokens.latents.cpu(), tokens.codes.cpu(), tokens.scores.cpu(), tokens.grid)
     count = frame_count(path)
     note = f"The file has {count} frames and is looped." if count < frames else ""
     return Section(title, note, clip, tokens, pictures, scores)
-
-
-def _predicted(clip: Tensor, tokens: Tokens, tokenizer: AdaptiveTokenizer, model: VideoMAE) -> Picture:
-    """What a masked autoencoder says of the tokens that its strategy selects, as pixels."""
-    mask, chosen = model.masks(clip, tokens, scores=_scores_for(model, clip, tokens), seed=0)
-    said = model.predict(clip, mask.visible, chosen).float()
-    title = f"model, {len(chosen[0]) / math.prod(tokens.grid):.0%} of the tokens"
-    if model.config.target == "latent":
-        if said.shape[2] != tokens.latents.shape[2]:
-            raise ValueError(
-                f"model: expected predictions of the tokenizer's {tokens.latents.shape[2]} latents, got {said.shape[2]}"
-            )
-        latents = tokens.latents.float().scatter(1, chosen[..., None].expand_as(said), said.clamp(-1, 1))
-        return Picture(title, _bytes(tokenizer.decode(tokens._replace(latents=latents))), chosen[0].cpu())
-    # Pixels are predicted less their tubelet's mean, by its deviation, which the picture takes from the clip.
-    t, h, w = TUBELET
-    tubelets = clip[0].unflatten(3, (-1, w)).unflatten(2, (-1, h)).unflatten(1, (-1, t)).float() / 255
-    tubelets = tubelets.permute(1, 3, 5, 2, 4, 6, 0).flatten(0, 2).flatten(1, 3)  # [N, pixels, 3]
-    true = tubelets[chosen[0]]
-    pixels = said[0].unflatten(1, (-1, 3)) * (true.std(1, keepdim=True) + 1e-6) + true.mean(1, keepdim=True)
-    tubelets[chosen[0]] = pixels.clamp(0, 1)
-    whole = tubelets.unflatten(1, TUBELET).unflatten(0, tokens.grid).permute(6, 0, 3, 1, 4, 2, 5)
-    whole = whole.flatten(5, 6).flatten(3, 4).flatten(1, 2)[None]
-    return Picture(title, (255 * whole).round().byte().cpu(), chosen[0].cpu())
-
-
-def _scores_for(model: VideoMAE, clip: Tensor, tokens: Tokens) -> Tensor | None:
-    return flow_scores(clip).to(clip.device) if model.config.strategy == "flow" else None
-
-
-def _bytes(video: Tensor) -> Tensor:
-    """Of [0, 1] or thereabouts."""
-    return (255 * video.float().clamp(0, 1)).round().byte().cpu()
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:

@@ -20,10 +20,13 @@ from vmae.flow import flow_available
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import SCORED, Strategy
 from vmae.optimisation import Optimisation, autocast, device_of, precision_of
+from vmae.prediction import predicted
 from vmae.targets import Targets, everest_source, flow_source, tokenizer_source
 from vmae.tokenizer import AdaptiveTokenizer
-from vmae.training import Clips, Task, check_run, clips_of, fit
+from vmae.tokens import TUBELET
+from vmae.training import SAMPLE_FRAMES, Clips, Task, check_run, clips_of, fit, sample_clip
 from vmae.video import Augmentation
+from vmae.watching import masked
 
 VALIDATION_SEED = 1 << 62  # no step's
 
@@ -91,14 +94,14 @@ def pretrain(run: PretrainRun) -> Path:
     run.check()
     device = distributed.start(device_of(run.optimisation.device))
     check_run(run)
-    model = _model(run).to(device)
-    targets = _targets(run, model, device)
+    model, tokenizer = _model(run).to(device), _tokenizer(run, device)
+    targets = _targets(run, model, tokenizer, device)
     dataset, val = _datasets(run)
     resume.check(run, dataset)
     if val:
         check_usable(val)
     _fill(run, targets, dataset, val)
-    return fit(_Pretraining(model, targets, val, run, device), dataset, run, targets.extras)
+    return fit(_Pretraining(model, tokenizer, targets, val, run, device), dataset, run, targets.extras)
 
 
 def cache(run: PretrainRun) -> int:
@@ -108,7 +111,7 @@ def cache(run: PretrainRun) -> int:
     if run.cache is None:
         raise ValueError("cache: expected a folder, got none")
     device = distributed.start(device_of(run.optimisation.device))
-    targets = _targets(run, _model(run).to(device), device)
+    targets = _targets(run, _model(run).to(device), _tokenizer(run, device), device)
     if not targets.sources:
         raise ValueError(f"cache: expected something to store, target {run.target} and {run.strategy} need nothing")
     return _fill(run, targets, *_datasets(run))
@@ -153,11 +156,17 @@ def _check_compiler(device: torch.device) -> None:
         raise ValueError(f"compile: expected a C++ compiler, found no {compiler}; set CXX, or leave --compile out")
 
 
-def _targets(run: PretrainRun, model: VideoMAE, device: torch.device) -> Targets:
+def _tokenizer(run: PretrainRun, device: torch.device) -> AdaptiveTokenizer | None:
+    """The one that targets or scores come from."""
+    if run.tokenizer is None or not (run.target == "latent" or run.strategy == "adaptive"):
+        return None
+    return checkpoint.load(AdaptiveTokenizer, run.tokenizer, device)
+
+
+def _targets(run: PretrainRun, model: VideoMAE, tokenizer: AdaptiveTokenizer | None, device: torch.device) -> Targets:
     tokens = scores = None
     levels: tuple[int, ...] = ()
-    if run.tokenizer is not None and (run.target == "latent" or run.strategy == "adaptive"):
-        tokenizer = checkpoint.load(AdaptiveTokenizer, run.tokenizer, device)
+    if tokenizer is not None:
         precision, levels = precision_of(run.optimisation.precision, device), tokenizer.config.levels
         tokens = tokenizer_source(tokenizer, functools.partial(autocast, device, precision), precision, run.window)
     if run.strategy == "flow":
@@ -185,12 +194,24 @@ def _fill(run: PretrainRun, targets: Targets, dataset: ClipDataset, val: ClipDat
 
 
 class _Pretraining(Task):
+    kind = "pretraining"
+
     def __init__(
-        self, model: VideoMAE, targets: Targets, val: ClipDataset | None, run: PretrainRun, device: torch.device
+        self,
+        model: VideoMAE,
+        tokenizer: AdaptiveTokenizer | None,
+        targets: Targets,
+        val: ClipDataset | None,
+        run: PretrainRun,
+        device: torch.device,
     ):
         super().__init__(model)
-        self.targets, self.val, self.run, self.device = targets, val, run, device
+        self.tokenizer, self.targets, self.val, self.run, self.device = tokenizer, targets, val, run, device
         self.told: set[str] = set()  # why validation videos were left out
+        spread = run.optimisation.parallel == "fsdp" and distributed.world().size > 1  # no process has all weights
+        self.shown = None if spread else sample_clip(run)
+        self.shown = sample_clip(run)
+        self.tokenizer = checkpoint.load(AdaptiveTokenizer, run.tokenizer, device) if run.tokenizer else None
 
     def loss(self, batch: Batch, *, step: int, seed: int, row: int) -> Tensor:
         return self._loss(batch, seed, row, "mean")
@@ -202,6 +223,20 @@ class _Pretraining(Task):
     def save(self, out: Path) -> dict[str, Any]:
         checkpoint.save(self.model, out)
         return {} if self.val is None else {"val_loss": self._validation_loss(self.val)}
+
+    @torch.no_grad()
+    def sample(self) -> list[Tensor]:
+        """Of the first 16 frames at most: the video, its masks, and what is predicted."""
+        if self.shown is None:
+            return []
+        self.model.eval()
+        with autocast(self.device, self.run.optimisation.precision):
+            found = predicted(self.shown.to(self.device), self.model, self.tokenizer, frames=SAMPLE_FRAMES)
+        self.model.train()
+        clip = self.shown[0, :, :SAMPLE_FRAMES]
+        n = math.prod(side // step for side, step in zip(clip.shape[1:], TUBELET, strict=True))
+        visible, selected = (part[part < n] for part in (found.visible, found.selected))
+        return [clip, masked(clip, selected, visible), masked(found.video[0], selected, visible)]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {"sources": [source.name for source in self.targets.sources]}

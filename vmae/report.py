@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -27,17 +28,21 @@ def loss_plot(logs: Mapping[str, Path], out: str | Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def read_losses(log: Path) -> list[float]:
-    """The losses of a training log, of a tokenizer those of the pixels; a line that a kill cut short does not count."""
-    losses = []
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """The lines of a training log; one that a kill cut short does not count."""
+    lines = []
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
-            figures = json.loads(line)
+            lines.append(json.loads(line))
         except json.JSONDecodeError:
             break
-        if figures["loss"] is not None:  # a step that was left out
-            losses.append(float(figures.get("pixels", figures["loss"])))
-    return losses
+    return lines
+
+
+def read_losses(log: Path) -> list[float]:
+    """The losses of a training log, of a tokenizer those of the pixels."""
+    # None is a step that was left out.
+    return [float(line.get("pixels", line["loss"])) for line in read_log(log) if line["loss"] is not None]
 
 
 def motion(clip: Tensor) -> np.ndarray:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from vmae.training import Run, Task
 
 FREE = frozenset(
-    {"out", "data", "val", "cache", "tokenizer", "overwrite", "resume", "workers", "device", "save_every", "parallel"}
+    {
+        *("out", "data", "val", "cache", "tokenizer", "overwrite", "resume", "workers", "device", "save_every"),
+        *("parallel", "command"),
+    }
 )
 """Settings that may differ when a run goes on: where things are, and what changes no step."""
 

@@ -20,9 +20,21 @@ from vmae.dataset import Batch, ClipDataset
 from vmae.evaluation import Evaluation, code_counts, entropy_bits, evaluate, reconstruction
 from vmae.losses import Discriminator, discriminator_loss, generator_loss, perceptual_distance, r1_penalty
 from vmae.optimisation import Optimisation, adamw, autocast, device_of, set_learning_rate
+from vmae.prediction import to_bytes
 from vmae.resume import optimizer_state, part, restore_optimizer
 from vmae.tokenizer import AdaptiveTokenizer, TokenizerConfig
-from vmae.training import HINT, PATIENCE, Clips, Task, TrainingError, check_run, clips_of, fit
+from vmae.training import (
+    HINT,
+    PATIENCE,
+    SAMPLE_FRAMES,
+    Clips,
+    Task,
+    TrainingError,
+    check_run,
+    clips_of,
+    fit,
+    sample_clip,
+)
 from vmae.video import VideoError
 
 MOST_ASIDE = 64  # videos to choose the checkpoint by
@@ -129,11 +141,13 @@ def _seed_of(folder: Path) -> int:
 
 
 class _TokenizerTraining(Task):
+    kind = "tokenizer"
     unused = True  # the scorer, in steps that keep all tokens
 
     def __init__(self, model: AdaptiveTokenizer, run: TokenizerRun, aside: list[Tensor]):
         super().__init__(model)
         self.run, self.aside = run, aside
+        self.shown = sample_clip(run)
         self.device = device_of(run.optimisation.device)
         self.distance = perceptual_distance(run.perceptual).to(self.device) if run.perceptual else None
         self.average = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
@@ -245,6 +259,17 @@ class _TokenizerTraining(Task):
             checkpoint.save(self.average, out)
             self.best = error
         return {"aside": error, "chosen": chosen}
+
+    @torch.no_grad()
+    def sample(self) -> list[Tensor]:
+        """Of 16 frames at most: the video, and what all tokens and those kept give."""
+        if self.shown is None:
+            return []
+        clip = self.shown[:, :, :SAMPLE_FRAMES].to(self.device)
+        with autocast(self.device, self.run.optimisation.precision):
+            tokens = self.average.encode(clip)
+            made = [reconstruction(self.average, tokens, name) for name in ("all", "adaptive")]
+        return [clip[0].cpu(), *(to_bytes(video)[0] for video in made)]
 
     def stopped(self, out: Path) -> None:
         if not (out / checkpoint.WEIGHTS).exists():  # else the best one so far is there

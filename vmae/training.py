@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -22,9 +23,11 @@ from vmae.loader import Loader
 from vmae.memory import memory_gib
 from vmae.optimisation import Optimisation, adamw, autocast, device_of, learning_rate, set_learning_rate
 from vmae.tokens import check_clip
-from vmae.video import PLAIN, Augmentation, Start
+from vmae.video import PLAIN, Augmentation, Start, VideoError
+from vmae.watching import REPORT, SAMPLE, SAMPLES, write_report, write_sample
 
 PATIENCE = 5  # steps without a number, in a row
+SAMPLE_FRAMES = 16  # of a sample
 HINT = "{} holds the last checkpoint, if there was one"
 
 
@@ -103,6 +106,8 @@ class Task:
     Of several processes each has a task of its own, with a part of every batch; `save` and the rest are called in all.
     """
 
+    kind = ""
+    """What the report says that is trained."""
     unused = False
     """Whether some steps leave parameters without a gradient."""
 
@@ -124,6 +129,10 @@ class Task:
         checkpoint.save(self.model, out)
         return {}
 
+    def sample(self) -> list[Tensor]:
+        """Clips uint8 [3, T, H, W] that show what was learned, one below the other; the first process alone asks."""
+        return []
+
     def stopped(self, out: Path) -> None:
         """Write what is worth keeping at once: the run is being stopped."""
         checkpoint.save(self.model, out)
@@ -144,6 +153,15 @@ def clips_of(run: Run, start: Start = "random", data: Path | None = None, views:
         start=start, augmentation=clips.augmentation if start == "random" else PLAIN, views=views,
         seed=run.optimisation.seed,
     )  # fmt: skip
+
+
+def sample_clip(run: Run) -> Tensor | None:
+    """The clip uint8 [1, 3, T, H, W] that samples are made of: the middle of the first video that can be used."""
+    dataset = clips_of(run, start="center")
+    for index in range(min(len(dataset), 10)):
+        with contextlib.suppress(VideoError):
+            return dataset[index][0][None]
+    return None
 
 
 def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None) -> Path:
@@ -171,7 +189,13 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
     loader = Loader(clips, device, workers=run.clips.workers)
     if rank == 0:
         _clear(out, first)
-        checkpoint.write_text(out / RUN, json.dumps(resume.settings(run, dataset), indent=2) + "\n")
+        about = {"kind": task.kind, "command": shlex.join(sys.argv), **resume.settings(run, dataset)}
+        checkpoint.write_text(out / RUN, json.dumps(about, indent=2) + "\n")
+
+    def report() -> None:
+        if rank == 0:
+            write_report(out)
+
     with _Log(out / LOG, size) as log, _progress(options.steps, first, out.name) as bar, _Signals() as signals:
         for step in range(first, options.steps):
             begin = time.perf_counter()
@@ -209,6 +233,8 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
             due = (step + 1) % options.save_every == 0 or step + 1 == options.steps
             if due:
                 line |= task.save(out)
+                if rank == 0 and (rows := task.sample()):
+                    write_sample(out, step + 1, rows)
             elif stop:
                 task.stopped(out)
             size = log.write(line, lasting=bool(due or stop))
@@ -219,7 +245,9 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
             bar.update()
             loader.next_step(seconds)
             if stop:
+                report()
                 raise KeyboardInterrupt(f"stopped after {step + 1} steps; the model is in {out}; --resume goes on")
+    report()
     distributed.say(loader.report(run.clips.size))
     if skipped:
         distributed.say(f"skipped {skipped} times a video that could not be used")
@@ -309,9 +337,14 @@ def _clear(out: Path, first: int) -> None:
     """Remove what a kill left half written, and before the first step an earlier run: its weights never stand beside
     this one's configuration."""
     names = (checkpoint.WEIGHTS, checkpoint.CONFIG, LOG, RUN)
-    for left in (path for name in (*names, "state-*") for path in out.glob(f".{name}.*.part")):
+    for left in (path for name in (*names, REPORT, "state-*") for path in out.glob(f".{name}.*.part")):
         left.unlink()
+    samples = out / SAMPLES
+    for left in samples.glob(".*.part"):
+        left.unlink()
+    for later in (path for path in samples.glob("step-*.jpg") if path.name > SAMPLE.format(first)):
+        later.unlink()
     if not first:
         checkpoint.clear_states(out)
-        for name in names:
+        for name in (*names, REPORT):
             (out / name).unlink(missing_ok=True)
