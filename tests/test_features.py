@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from numbered_videos import write_numbers
+from numbered_videos import numbers_of, write_numbers
 from safetensors.torch import load_file
 
 from vmae import VideoMAE, VideoMAEConfig, checkpoint, features
@@ -114,6 +114,26 @@ def test_frames_that_refer_to_some_before_the_key_frame(tmp_path):
     whole = load_clip(video, frames=60, size=24, start=0)[0].permute(1, 2, 3, 0)
     for begin in range(1, 60):
         assert torch.equal(torch.from_numpy(next(pictures(video, [begin], 24))), whole[begin]), begin
+
+
+def test_nothing_that_ffmpegs_log_calls_damaged_is_given(tmp_path):
+    """Wrong checksums of FFV1 show there alone, and its pictures look whole to the decoder."""
+    whole = write_numbers(tmp_path / "whole.mkv", range(30), codec="ffv1", pix_fmt="bgr0", options={"slicecrc": "1"})
+    content, path, refused = whole.read_bytes(), tmp_path / "a.mkv", 0
+    for place in range(20, 95, 5):
+        broken = bytearray(content)
+        at = len(content) * place // 100
+        broken[at : at + 64] = bytes(64)
+        path.write_bytes(broken)
+        given = []
+        try:
+            given.extend(pictures(path, range(30), 24))
+        except VideoError:
+            refused += 1
+        assert numbers_of(torch.stack([torch.from_numpy(x) for x in given]).permute(3, 0, 1, 2)) == list(
+            range(len(given))
+        )
+    assert refused > 10
 
 
 # --- stops, mistakes, damage ------------------------------------------------------------------------------------------

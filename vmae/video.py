@@ -235,12 +235,13 @@ def pictures(path: str | Path, numbers: Sequence[int], size: int) -> Iterator[np
         )
         at = 0
         for begin in dict.fromkeys((numbers[0], 0)):
-            with closing(_frames(path, index, begin)) as found:
+            with _log_counts(path, index.codec == "ffv1") as look, closing(_frames(path, index, begin)) as found:
                 try:
                     for number, frame in found:
                         if number > numbers[at]:
                             break
                         if number == numbers[at]:
+                            look()
                             shown = picture(frame)
                             while at < len(numbers) and numbers[at] == number:
                                 yield shown
@@ -290,10 +291,13 @@ def _open(path: Path) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _log_counts(path: Path, counts: bool) -> Iterator[None]:
-    """Take an error in FFmpeg's log for one: lost blocks of Matroska and wrong checksums of FFV1 show nowhere else."""
+def _log_counts(path: Path, counts: bool) -> Iterator[Callable[[], None]]:
+    """Take an error in FFmpeg's log for one: lost blocks of Matroska and wrong checksums of FFV1 show nowhere else.
+
+    Raises `VideoError` at the end, or when what it gives is called.
+    """
     if not counts:
-        yield
+        yield lambda: None
         return
     import av.logging
 
@@ -302,12 +306,16 @@ def _log_counts(path: Path, counts: bool) -> Iterator[None]:
     av.logging.set_skip_repeated(False)
     try:
         with av.logging.Capture(local=True) as lines:
-            yield
+
+            def look() -> None:
+                if lines:
+                    raise VideoError(f"{path}: damaged: {' '.join(lines[0][2].split())}")
+
+            yield look
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(skip)
-    if lines:
-        raise VideoError(f"{path}: damaged: {' '.join(lines[0][2].split())}")
+    look()
 
 
 def _read_index(path: Path) -> _Index:
@@ -445,7 +453,8 @@ def _decode(path: Path, index: _Index, view: View, *, seek: bool) -> tuple[np.nd
         places.setdefault(number, []).append(place)
     clip = np.empty((len(view.frames), view.size, view.size, 3), dtype=np.uint8)
     picture = _converter(path, index, view)
-    with closing(_frames(path, index, min(places) if seek else 0)) as found:
+    logged = _log_counts(path, index.codec == "ffv1")
+    with logged, closing(_frames(path, index, min(places) if seek else 0)) as found:
         for number, frame in found:
             if number in places:
                 clip[places.pop(number)] = picture(frame)
@@ -459,7 +468,7 @@ def _frames(path: Path, index: _Index, begin: int) -> Generator[tuple[int, Any]]
     number_of = {tick: i for i, tick in enumerate(index.ticks)} if index.ticks else None
     container, stream = _open(path)
     decoded = 0
-    with container, _log_counts(path, stream.codec_context.name == "ffv1"):
+    with container:
         if begin > 0 and index.ticks:
             container.seek(index.ticks[begin], stream=stream)
         for frame in container.decode(stream):
