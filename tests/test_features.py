@@ -130,9 +130,9 @@ def test_nothing_that_ffmpegs_log_calls_damaged_is_given(tmp_path):
             given.extend(pictures(path, range(30), 24))
         except VideoError:
             refused += 1
-        assert numbers_of(torch.stack([torch.from_numpy(x) for x in given]).permute(3, 0, 1, 2)) == list(
-            range(len(given))
-        )
+        if given:
+            shown = torch.stack([torch.from_numpy(picture) for picture in given]).permute(3, 0, 1, 2)
+            assert numbers_of(shown) == list(range(len(given)))
     assert refused > 10
 
 
