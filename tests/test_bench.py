@@ -66,12 +66,10 @@ def test_nothing_wrong_is_measured(monkeypatch):
         check(Case(TINY))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("part", ["q", "k", "v"])
+@pytest.mark.parametrize(("part", "precision"), [("q", "bf16"), ("k", "fp32")])
 def test_one_wrong_gradient_is_found(monkeypatch, part, precision):
     """Of queries or keys, whose share in the norm of the whole is small: a fifth too much."""
     step = replace(TINY, precision=precision)
-    check(Case(step))
 
     def wrong(*given):
         given = [x + 0.2 * (x - x.detach()) if name == part else x for name, x in zip("qkv", given, strict=True)]

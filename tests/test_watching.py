@@ -1,7 +1,5 @@
 """The report of a training run: curves, samples, command and settings, while it goes on and when it has ended."""
 
-import base64
-import io
 import json
 import re
 import subprocess
@@ -63,8 +61,30 @@ def test_every_run_ends_with_a_report(runs, name):
     assert settings["command"].split()[0] == sys.argv[0]
     assert settings["kind"] == ("tokenizer" if name == "tokenizer" else "pretraining")
     assert "&quot;save_every&quot;: 2" in text
-    (curves,) = re.findall(r'alt="curves" src="data:image/png;base64,([^"]+)"', text)
-    assert Image.open(io.BytesIO(base64.b64decode(curves))).size[0] >= 1000
+    plots = dict(re.findall(r"<figcaption><strong>([^<]+)</strong> (.*?)</figcaption>", text))
+    assert {"loss", "learning rate", "gradient's norm", "clips/s", "memory, GiB"} <= plots.keys()
+    assert ("bits of each dimension's codes" in plots) == (name == "tokenizer")
+    last = json.loads((runs / name / "log.jsonl").read_text().splitlines()[-1])
+    assert f">loss {last['loss']:.4g}<" in plots["loss"]
+
+
+def test_a_curve_goes_through_its_points(tmp_path):
+    """(step, loss) (0, 4), (1, 1), (2, 3) and one step left out."""
+    run = run_of(tmp_path / "run", 9, 0)
+    losses = [4, 1, 3, None]
+    (run / "log.jsonl").write_text(
+        "".join(json.dumps({"step": i, **LINE, "loss": x}) + "\n" for i, x in enumerate(losses))
+    )
+    text = write_report(run).read_text()
+    (points,) = re.findall(r'aria-label="loss">.*?<polyline points="([^"]+)"', text)
+    assert points == "0.0,18.0 250.0,178.0 500.0,71.3"
+    log_of(run, [i % 7 for i in range(20000)])
+    text = write_report(run).read_text()
+    pale, mean = re.findall(r'aria-label="loss">.*?<polyline points="([^"]+)".*?<polyline points="([^"]+)"', text)[0]
+    assert len(pale.split()) == len(mean.split()) == 1000
+    heights = [float(pair.split(",")[1]) for pair in mean.split()]
+    assert max(heights) - min(heights) < 3  # the mean of 0 to 6 is 3, wherever
+    assert np.mean(heights) == pytest.approx(178 - 80, abs=2)
 
 
 def test_a_tokenizers_sample(runs, moving_square):
@@ -111,6 +131,11 @@ def test_masked():
 
 
 LINE = {"loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "clips_per_s": 4.0, "waiting": 0.0, "memory_gib": 1.0, "skipped": 0}
+
+
+def log_of(run, losses: list) -> None:
+    lines = [json.dumps({"step": i, **LINE, "loss": loss}) + "\n" for i, loss in enumerate(losses)]
+    (run / "log.jsonl").write_text("".join(lines))
 
 
 def run_of(folder, steps: int, lines: int, **changes):

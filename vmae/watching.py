@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import json
 import math
 import time
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +19,8 @@ from vmae.tokens import TUBELET
 
 REPORT, SAMPLES, SAMPLE = "report.html", "samples", "step-{:08d}.jpg"
 SHOWN = 10  # samples on the page
+POINTS = 1000  # of a line, at most
+COLOURS = ("#3a78d8", "#e0722f", "#2f9e58", "#c43d5c", "#8a5fc7", "#8a7a28")
 CURVES = {  # figures of the log by the plot they stand in
     "loss": ("loss", "val_loss", "aside"),
     "its parts": ("pixels", "perceptual", "adversarial", "discriminator"),
@@ -107,37 +107,57 @@ def _read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _curves(lines: list[dict[str, Any]]) -> str:
-    if not lines:
-        return ""
-    found = {
-        title: [name for name in names if any(line.get(name) is not None for line in lines)]
-        for title, names in CURVES.items()
-    }
-    found = {title: names for title, names in found.items() if names}
-    rows = math.ceil(len(found) / 2)
-    figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
-    grid = np.atleast_1d(figure.subplots(rows, 2, squeeze=False)).flatten()
-    for axes, (title, names) in zip(grid, found.items(), strict=False):
+    """A plot for each of `CURVES` that the log has."""
+    plots = []
+    for title, names in CURVES.items():
+        series: dict[str, list[tuple[int, float]]] = {}
         for name in names:
-            pairs = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            x, y = np.array([step for step, _ in pairs]), np.array([value for _, value in pairs])
-            few = len(pairs) <= 50
-            width = max(len(y) // 50, 1)
-            if y.ndim == 1 and not few:  # a pale line of all, and its running mean
-                axes.plot(x, y, color="0.85", linewidth=0.6)
-                kernel = np.ones(width) / width
-                x, y = x[width - 1 :], np.convolve(y, kernel, mode="valid")
-            axes.plot(x, y, linewidth=1.2, marker="." if few else None, label=None if y.ndim > 1 else name)
-        axes.set_title(title, fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.legend(frameon=False, fontsize=7)
-    for axes in grid[len(found) :]:
-        axes.set_visible(False)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=100, format="png")
-    return f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+            for line in lines:
+                value = line.get(name)
+                parts = {f"{name} {i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+                for part, number in parts.items():
+                    if number is not None:
+                        series.setdefault(part, []).append((line["step"], number))
+        if series:
+            plots.append(_plot(title, series))
+    return f'<div class="plots">{"".join(plots)}</div>'
+
+
+def _plot(title: str, series: dict[str, list[tuple[int, float]]]) -> str:
+    """Lines over steps: of many points a pale one of all, and their running mean."""
+    values = [value for pairs in series.values() for _, value in pairs]
+    steps = [step for pairs in series.values() for step, _ in pairs]
+    low, high, first, last = min(values), max(values), min(steps), max(steps)
+    drawn, key = [], []
+    for number, (name, pairs) in enumerate(series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        x = np.array([step for step, _ in pairs], dtype=float)
+        y = np.array([value for _, value in pairs], dtype=float)
+        width = len(y) // 50
+        if width > 1:
+            drawn.append(_line(x, y, (first, last, low, high), colour, "0.25"))
+            x, y = x[width - 1 :], np.convolve(y, np.ones(width) / width, mode="valid")
+        drawn.append(_line(x, y, (first, last, low, high), colour, "1"))
+        key.append(f'<span style="color: {colour}">{html.escape(name)} {pairs[-1][1]:.4g}</span>')
+    labels = f"{high:.4g}", f"{low:.4g}", f"step {first:,}", f"{last:,}"
+    places = ('x="4" y="12"', 'x="4" y="176"', 'x="4" y="194"', 'x="496" y="194" text-anchor="end"')
+    texts = "".join(f"<text {place}>{label}</text>" for place, label in zip(places, labels, strict=True))
+    return (
+        f'<figure><figcaption><strong>{title}</strong> {", ".join(key)}</figcaption><svg viewBox="0 0 500 200" '
+        f'role="img" aria-label="{title}"><path d="M0 180H500"/>{"".join(drawn)}{texts}</svg></figure>'
+    )
+
+
+def _line(x: np.ndarray, y: np.ndarray, bounds: tuple[float, float, float, float], colour: str, opacity: str) -> str:
+    first, last, low, high = bounds
+    if len(x) > POINTS:
+        kept = np.unique(np.linspace(0, len(x) - 1, POINTS).round().astype(int))
+        x, y = x[kept], y[kept]
+    across = 500 * (x - first) / max(last - first, 1)
+    down = 178 - 160 * (y - low) / max(high - low, 1e-12)
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across, down, strict=True))
+    dot = f'<circle cx="{across[0]:.1f}" cy="{down[0]:.1f}" r="2" fill="{colour}"/>' if len(x) == 1 else ""
+    return f'<polyline points="{points}" stroke="{colour}" opacity="{opacity}"/>{dot}'
 
 
 # --- samples --------------------------------------------------------------------------------------------------------
@@ -192,6 +212,9 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var
 h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.15rem; margin: 2rem 0 .3rem; }}
 img {{ max-width: 100%; background: #fff; border-radius: 4px; }}
 figure {{ margin: 0 0 1rem; }} figcaption {{ font-size: .85rem; }}
+.plots {{ display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); }}
+svg {{ width: 100%; display: block; }} svg polyline {{ fill: none; stroke-width: 1.5; stroke-linejoin: round; }}
+svg path {{ stroke: currentColor; opacity: .3; }} svg text {{ font-size: 11px; fill: currentColor; opacity: .7; }}
 pre {{ background: var(--card); border-radius: 6px; padding: .7rem; overflow-x: auto; white-space: pre-wrap; }}
 </style>
 </head>
