@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vmae import checkpoint
+from vmae.cache import state_hash
 from vmae.mae import VideoMAE
 from vmae.memory import memory_gib
 from vmae.optimisation import autocast, device_of, precision_of
@@ -156,7 +157,7 @@ def encode_long(
     plan = {
         "video": Path(video).name,
         "bytes": Path(video).stat().st_size,
-        "model": f"{_fingerprint(model):08x}",
+        "model": state_hash(model.state_dict()),
         **{"frames": frames, "size": size, "overlap": overlap, "stride": stride, "fps": fps, "per": per},
         "precision": precision_of(precision, place),
         "grid": list(grid),
@@ -198,7 +199,7 @@ def _prepare(out: Path, plan: dict[str, Any], size: int, overwrite: bool) -> int
         if not overwrite:
             differ = ", ".join(name for name in {**plan, **held} if plan.get(name) != held.get(name))
             raise ValueError(f"{out}: holds features of another video, model or setting ({differ}); use --overwrite")
-        for path in (out / PLAN, *out.glob(SHARD.replace("{:06d}", "*"))):
+        for path in (*out.glob(SHARD.replace("{:06d}", "*")), out / PLAN):  # by its name the folder is known
             path.unlink()
         there = False
     done = 0
@@ -214,14 +215,6 @@ def _prepare(out: Path, plan: dict[str, Any], size: int, overwrite: bool) -> int
     if not there:
         checkpoint.write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
     return done
-
-
-def _fingerprint(model: VideoMAE) -> int:
-    """Of the weights."""
-    value = 0
-    for name, tensor in sorted(model.state_dict().items()):
-        value = checkpoint.checksum(tensor.detach().cpu(), value + len(name))
-    return value
 
 
 def _plan(folder: Path) -> dict[str, Any]:
