@@ -9,6 +9,7 @@ Writes json, and a plot of the same name.
 import argparse
 import datetime
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ def looped(source: Path, out: Path, minutes: float) -> int:
             stream = output.add_stream_from_template(container.streams.video[0])
             length = float(container.streams.video[0].duration * container.streams.video[0].time_base)
         frames = shift = 0
-        for _ in range(-(-round(60 * minutes) // max(round(length), 1))):
+        for _ in range(math.ceil(60 * minutes / length)):
             with av.open(str(source)) as container:
                 end = 0
                 for packet in container.demux(container.streams.video[0]):

@@ -4,6 +4,7 @@ The oracle is a graph of FFmpeg's own filters over the decoded frames: its turni
 square, its conversion to RGB.
 """
 
+import types
 import wave
 from collections.abc import Callable
 from fractions import Fraction
@@ -192,6 +193,35 @@ def test_a_random_crop_of_a_turned_video(tmp_path):
         part = torch.from_numpy(part[:, :, ::-1].copy() if view.flip else part).permute(0, 3, 1, 2)
         wanted = torch.nn.functional.interpolate(part, (32, 32), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
         assert np.abs(clip.astype(int) - wanted.numpy()).max() <= 2
+
+
+@pytest.mark.parametrize("turn", [(0, False, True), (0, True, False), (180, False, False)], ids=str)
+def test_turned_videos_are_not_torchcodecs(tmp_path, monkeypatch, turn):
+    """It gives some as they are stored, and says nothing of it."""
+    path = write(tmp_path / "a.mp4", "libx264", "yuv444p", turn=turn, options=LOSSLESS)
+    wanted = clip_of(path, 48)
+
+    def decoder(*_, **__):
+        raise AssertionError("asked")
+
+    monkeypatch.setattr("vmae.video._torchcodec", lambda: types.SimpleNamespace(VideoDecoder=decoder))
+    np.testing.assert_array_equal(clip_of(path, 48), wanted)
+    upright = write(tmp_path / "b.mp4", "libx264", "yuv444p", options=LOSSLESS)
+    with pytest.raises(AssertionError, match="asked"):
+        clip_of(upright, 48)
+
+
+@pytest.mark.parametrize("aspect", [Fraction(1, 1), Fraction(4, 1), Fraction(1, 3)])
+def test_random_crops_are_drawn_of_the_picture_as_shown(tmp_path, aspect):
+    path = write(tmp_path / "a.mp4", "libx264", "yuv420p", height=48, width=64, aspect=aspect)
+    for seed in range(100):
+        how = {"frames": 2, "size": 16, "augmentation": Augmentation(crop=0.3), "seed": seed}
+        top, left, h, w = draw_view(path, **how).crop
+        assert 0 <= top <= 48 - h
+        assert 0 <= left <= 64 - w
+        slack = float(aspect) / h  # a column of the file
+        assert 3 / 4 - slack - 0.1 <= w * float(aspect) / h <= 4 / 3 + slack + 0.1
+    assert load_clip(path, **how).shape == (1, 3, 2, 16, 16)
 
 
 @pytest.mark.parametrize("aspect", [Fraction(4, 3), Fraction(8, 9), Fraction(1, 1)])

@@ -221,6 +221,60 @@ def test_a_disk_that_is_too_small(model, video, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_disk_that_is_too_small_costs_nothing(model, video, tmp_path, monkeypatch):
+    """What is to be replaced stays where what replaces it will not fit; its own place counts as free."""
+    out = tmp_path / "out"
+    encode_long(video, model, out, per="frame", **HOW)
+    before = read_features(out)
+    free = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(ValueError, match="the features need"):
+        encode_long(video, model, out, overwrite=True, **HOW)
+    assert torch.equal(read_features(out), before)
+    encode_long(video, model, out, per="frame", stride=2, overwrite=True, **HOW)
+    assert len(read_features(out)) == 25
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"grid": [1, 2, 2]}'])
+def test_a_damaged_plan(model, video, tmp_path, text):
+    encode_long(video, model, tmp_path / "out", **HOW)
+    (tmp_path / "out" / PLAN).write_text(text)
+    for call in (lambda: read_features(tmp_path / "out"), lambda: encode_long(video, model, tmp_path / "out", **HOW)):
+        with pytest.raises(ValueError, match="expected features of `vmae encode --stream`"):
+            call()
+    encode_long(video, model, tmp_path / "out", overwrite=True, **HOW)
+    assert len(read_features(tmp_path / "out")) == 200
+
+
+def test_frames_that_are_counted_all_have_to_be_there(tmp_path, monkeypatch):
+    """AVI stores no times: if one frame cannot be decoded, all after it would be taken for their neighbours."""
+    path = write_numbers(tmp_path / "a.avi", range(30), codec="mpeg4", options={"g": "1"})
+    real = features.pictures.__globals__["_open"]
+
+    def without_one(path):
+        container, stream = real(path)
+
+        class Container:
+            def __enter__(self):
+                return container.__enter__()
+
+            def __exit__(self, *given):
+                return container.__exit__(*given)
+
+            def decode(self, stream):
+                return (frame for i, frame in enumerate(container.decode(stream)) if i != 5)
+
+            def __getattr__(self, name):
+                return getattr(container, name)
+
+        return Container(), stream
+
+    assert len(list(pictures(path, range(0, 30, 2), 24))) == 15
+    monkeypatch.setitem(features.pictures.__globals__, "_open", without_one)
+    with pytest.raises(VideoError, match="29 of 30 frames can be decoded"):
+        next(pictures(path, range(0, 20, 2), 24))
+
+
 def test_a_damaged_video_keeps_what_came_before(model, video, tmp_path):
     damaged = tmp_path / "damaged.mp4"
     raw = bytearray(video.read_bytes())

@@ -1,6 +1,7 @@
 """The report of a training run: curves, samples, command and settings, while it goes on and when it has ended."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from vmae.optimisation import Optimisation
 from vmae.prediction import predicted
 from vmae.pretraining import PretrainRun, pretrain
 from vmae.tokenizer_training import TokenizerRun, train_tokenizer
-from vmae.training import Clips
+from vmae.training import Clips, TrainingError
 from vmae.watching import REPORT, SAMPLES, masked, status, watch, write_report, write_sample
 
 
@@ -58,7 +59,7 @@ def test_every_run_ends_with_a_report(runs, name):
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert text.count("data:image/jpeg;base64,") == 3  # after steps 2, 4 and 5
     settings = json.loads((runs / name / "run.json").read_text())
-    assert settings["command"].split()[0] == sys.argv[0]
+    assert settings["command"].split()[0] == sys.orig_argv[0]
     assert settings["kind"] == ("tokenizer" if name == "tokenizer" else "pretraining")
     assert "&quot;save_every&quot;: 2" in text
     plots = dict(re.findall(r"<figcaption><strong>([^<]+)</strong> (.*?)</figcaption>", text))
@@ -196,6 +197,47 @@ def test_mistakes(tmp_path, arguments, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def small(moving_square, out, **changes) -> PretrainRun:
+    options = Optimisation(steps=6, save_every=1, precision="fp32", lr=1e-3)
+    how = {"model": "tiny", "clips": Clips(frames=16, size=32, workers=0), "optimisation": options, **changes}
+    return PretrainRun(moving_square, out, target="pixels", strategy="random", mask_ratio=0.6, **how)
+
+
+def test_a_run_that_fails_has_a_report_too(moving_square, tmp_path, monkeypatch):
+    monkeypatch.setattr(VideoMAE, "forward", lambda self, *_, **__: sum(p.sum() for p in self.parameters()) * math.nan)
+    with pytest.raises(TrainingError, match="diverged"):
+        pretrain(small(moving_square, tmp_path / "run"))
+    assert "step 4 of 6" in (tmp_path / "run" / REPORT).read_text()
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), torch.OutOfMemoryError("much"), ValueError("odd")])
+def test_a_sample_that_cannot_be_made_ends_nothing(moving_square, tmp_path, monkeypatch, capsys, error):
+    def fails(clip, model, *_, **__):
+        assert not model.training
+        raise error
+
+    trained = []
+    monkeypatch.setattr("vmae.pretraining.predicted", fails)
+    monkeypatch.setattr("vmae.training.set_learning_rate", lambda optimizer, step, options: trained.append(step))
+    out = pretrain(small(moving_square, tmp_path / "run"))
+    assert len(trained) == 6
+    assert f"no sample after step 1: {error}" in capsys.readouterr().err
+    assert (out / "model.safetensors").exists()
+    assert "all 6 steps are done" in (out / REPORT).read_text()
+
+
+def test_samples_change_nothing(moving_square, tmp_path, monkeypatch):
+    def losses(name: str) -> list:
+        out = pretrain(small(moving_square, tmp_path / name))
+        return [line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())]
+
+    with_samples = losses("with")
+    monkeypatch.setattr("vmae.pretraining.sample_clip", lambda run: None)
+    assert losses("without") == with_samples
+    assert (tmp_path / "with" / SAMPLES).exists()
+    assert not (tmp_path / "without" / SAMPLES).exists()
 
 
 def test_what_a_run_left_is_removed_by_the_next(runs, moving_square, tmp_path):

@@ -21,6 +21,7 @@ from vmae import checkpoint
 from vmae.video import View
 
 FORMAT = "vmae cache 1"
+DECODING = 2  # counts changes of what a view of a file shows: entries from before are not found again
 
 
 class CacheError(ValueError):
@@ -29,7 +30,7 @@ class CacheError(ValueError):
 
 def entry_key(path: Path, view: View, source: str) -> str:
     """Of what a source says of a view of a file: the same only for the same bytes, view and source."""
-    facts = [content_hash(path), view.frames, view.times, view.crop, view.size, view.flip, source]
+    facts = [DECODING, content_hash(path), view.frames, view.times, view.crop, view.size, view.flip, source]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

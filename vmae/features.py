@@ -195,32 +195,44 @@ def _prepare(out: Path, plan: dict[str, Any], size: int, overwrite: bool) -> int
     there = (out / PLAN).exists()
     if not there and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: expected a new folder, or one with features of vmae, found something else")
-    if there and (held := _plan(out)) != plan:
-        if not overwrite:
-            differ = ", ".join(name for name in {**plan, **held} if plan.get(name) != held.get(name))
-            raise ValueError(f"{out}: holds features of another video, model or setting ({differ}); use --overwrite")
-        for path in (*out.glob(SHARD.replace("{:06d}", "*")), out / PLAN):  # by its name the folder is known
-            path.unlink()
-        there = False
+    held: dict[str, Any] = {}
+    if there:
+        try:
+            held = _plan(out)
+        except ValueError:
+            if not overwrite:
+                raise
+    if there and held != plan and not overwrite:
+        differ = ", ".join(name for name in {**plan, **held} if plan.get(name) != held.get(name))
+        raise ValueError(f"{out}: holds features of another video, model or setting ({differ}); use --overwrite")
+    shards = sorted(out.glob(SHARD.replace("{:06d}", "*"))) if there else []
     done = 0
-    while there and done < len(plan["clips"]) and (out / SHARD.format(done)).exists():
+    while held == plan and done < len(plan["clips"]) and (out / SHARD.format(done)).exists():
         done += 1
     rest = size * (len(plan["clips"]) - done) // len(plan["clips"])
     above = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    if rest > (free := shutil.disk_usage(above).free):
+    free = shutil.disk_usage(above).free
+    if held != plan:
+        free += sum(path.stat().st_size for path in shards)
+    if rest > free:
         raise ValueError(
             f"{out}: the features need {rest / 1e9:.3g} GB, {free / 1e9:.3g} GB are free: --per frame keeps one for "
             "each latent frame, --fps or --stride take fewer frames"
         )
-    if not there:
+    if held != plan:
+        for path in shards:  # the plan goes last: by it the folder is known
+            path.unlink()
         checkpoint.write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
     return done
 
 
 def _plan(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        if missing := {"grid", "shape", "clips"} - set(plan):
+            raise ValueError(f"{PLAN} lacks {', '.join(sorted(missing))}")
+        return plan
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{folder}: expected features of `vmae encode --stream`: {error}") from None
 
 

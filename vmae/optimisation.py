@@ -4,7 +4,7 @@ import functools
 import math
 import platform
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -69,6 +69,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def precision_of(name: str, device: torch.device) -> Literal["bf16", "fp32"]:
     """What "auto" means there: bf16, but fp32 on CPUs that only emulate it, which takes many times as long."""
+    if name not in get_args(Precision):
+        raise ValueError(f"precision: expected one of {', '.join(get_args(Precision))}, got {name!r}")
     if name == "auto":
         return "fp32" if device.type == "cpu" and not native_bf16() else "bf16"
     return "bf16" if name == "bf16" else "fp32"
@@ -77,9 +79,10 @@ def precision_of(name: str, device: torch.device) -> Literal["bf16", "fp32"]:
 @functools.cache
 def native_bf16() -> bool:
     """Whether matrix products in bfloat16 are the processor's own (AVX-512 BF16, AMX or Arm's)."""
-    if platform.machine() in ("arm64", "aarch64"):
-        return True
     # PyTorch has no public question for it.
+    if platform.machine() in ("arm64", "aarch64"):
+        known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        return bool(known and known())
     tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(test() for test in tests if test)
 

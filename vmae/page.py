@@ -158,8 +158,8 @@ def page(sections: Sequence[Section], masking: Masking, out: str | Path) -> None
     }
     skeleton = importlib.resources.files("vmae").joinpath("page.html").read_text(encoding="utf-8")
     text = skeleton.replace("{{TITLE}}", html.escape(", ".join(section.title for section in sections)))
-    # Nothing in it may end the script that it stands in.
-    checkpoint.write_text(out, text.replace("{{DATA}}", json.dumps(data).replace("</", "<\\/")))
+    # Nothing in it may end the script that it stands in, or begin another.
+    checkpoint.write_text(out, text.replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c")))
 
 
 def _facts(section: Section, masking: Masking) -> dict[str, Any]:

@@ -210,8 +210,6 @@ class _Pretraining(Task):
         self.told: set[str] = set()  # why validation videos were left out
         spread = run.optimisation.parallel == "fsdp" and distributed.world().size > 1  # no process has all weights
         self.shown = None if spread else sample_clip(run)
-        self.shown = sample_clip(run)
-        self.tokenizer = checkpoint.load(AdaptiveTokenizer, run.tokenizer, device) if run.tokenizer else None
 
     def loss(self, batch: Batch, *, step: int, seed: int, row: int) -> Tensor:
         return self._loss(batch, seed, row, "mean")
@@ -230,9 +228,11 @@ class _Pretraining(Task):
         if self.shown is None:
             return []
         self.model.eval()
-        with autocast(self.device, self.run.optimisation.precision):
-            found = predicted(self.shown.to(self.device), self.model, self.tokenizer, frames=SAMPLE_FRAMES)
-        self.model.train()
+        try:
+            with autocast(self.device, self.run.optimisation.precision):
+                found = predicted(self.shown.to(self.device), self.model, self.tokenizer, frames=SAMPLE_FRAMES)
+        finally:
+            self.model.train()
         clip = self.shown[0, :, :SAMPLE_FRAMES]
         n = math.prod(side // step for side, step in zip(clip.shape[1:], TUBELET, strict=True))
         visible, selected = (part[part < n] for part in (found.visible, found.selected))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vmae import checkpoint, distributed
 from vmae.dataset import ClipDataset
+from vmae.optimisation import device_of, precision_of
 
 if TYPE_CHECKING:
     from vmae.training import Run, Task
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 FREE = frozenset(
     {
         *("out", "data", "val", "cache", "tokenizer", "overwrite", "resume", "workers", "device", "save_every"),
-        *("parallel", "command"),
+        *("parallel", "command", "kind"),
     }
 )
 """Settings that may differ when a run goes on: where things are, and what changes no step."""
@@ -39,8 +40,11 @@ class Position(NamedTuple):
 
 
 def settings(run: "Run", dataset: ClipDataset) -> dict[str, Any]:
-    """What `run.json` tells of a run."""
-    return {**json.loads(json.dumps(asdict(run), default=str)), "videos": _fingerprint(dataset)}
+    """What `run.json` tells of a run: its precision is what "auto" stands for here."""
+    found = {**json.loads(json.dumps(asdict(run), default=str)), "videos": _fingerprint(dataset)}
+    options = run.optimisation
+    found["optimisation"]["precision"] = precision_of(options.precision, device_of(options.device))
+    return found
 
 
 def check(run: "Run", dataset: ClipDataset) -> None:

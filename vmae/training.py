@@ -189,69 +189,83 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
     loader = Loader(clips, device, workers=run.clips.workers)
     if rank == 0:
         _clear(out, first)
-        about = {"kind": task.kind, "command": shlex.join(sys.argv), **resume.settings(run, dataset)}
+        about = {"kind": task.kind, "command": shlex.join(sys.orig_argv), **resume.settings(run, dataset)}
         checkpoint.write_text(out / RUN, json.dumps(about, indent=2) + "\n")
 
-    def report() -> None:
+    try:
+        with _Log(out / LOG, size) as log, _progress(options.steps, first, out.name) as bar, _Signals() as signals:
+            for step in range(first, options.steps):
+                begin = time.perf_counter()
+                set_learning_rate(optimizer, step, options)
+                loss = _backward(task, loader, step, options, device)
+                norm = float(distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)))
+                loss, skips, stop = distributed.mean((loss, len(loader.skipped), signals.received), device)
+                finite = math.isfinite(loss) and math.isfinite(norm)
+                failures = 0 if finite else failures + 1
+                if failures == PATIENCE:
+                    raise TrainingError(
+                        f"step {step}: the training diverged: expected a finite loss and gradient, got {loss} and "
+                        f"{norm}, {PATIENCE} times in a row; {HINT.format(out)}; try a lower --lr"
+                    )
+                if finite:
+                    optimizer.step()
+                optimizer.zero_grad()
+                line: dict[str, Any] = {
+                    "step": step,
+                    "loss": loss if finite else None,
+                    "lr": learning_rate(step, options),
+                    "grad_norm": norm if finite else None,
+                }
+                line |= task.updated(step) if finite else {}
+                seconds = time.perf_counter() - begin
+                rate = options.batch_size * options.accumulate / seconds
+                for reason in loader.told():
+                    bar.write(f"skipped: {reason}", file=sys.stderr)
+                if not finite:
+                    bar.write(f"step {step}: loss {loss}, gradient {norm}: left out", file=sys.stderr)
+                skipped += round(skips * processes)
+                line |= {"clips_per_s": round(rate, 3), "waiting": round(loader.waited / seconds, 3)}
+                line |= {"decoded_frames_per_s": round(loader.speed, 1), "memory_gib": round(memory_gib(device), 3)}
+                line |= {"skipped": skipped}
+                due = (step + 1) % options.save_every == 0 or step + 1 == options.steps
+                if due:
+                    line |= task.save(out)
+                elif stop:
+                    task.stopped(out)
+                size = log.write(line, lasting=bool(due or stop))
+                if due or stop:
+                    position = resume.Position(step + 1, size, skipped, failures)
+                    resume.save(task, optimizer, out, position)
+                if due and rank == 0:
+                    _sample(task, out, step + 1)
+                bar.set_postfix_str(f"loss {loss:.4f}, {rate:.2f} clips/s, {line['memory_gib']:.2f} GiB", refresh=False)
+                bar.update()
+                loader.next_step(seconds)
+                if stop:
+                    raise KeyboardInterrupt(f"stopped after {step + 1} steps; the model is in {out}; --resume goes on")
+    finally:  # however it ends
         if rank == 0:
-            write_report(out)
-
-    with _Log(out / LOG, size) as log, _progress(options.steps, first, out.name) as bar, _Signals() as signals:
-        for step in range(first, options.steps):
-            begin = time.perf_counter()
-            set_learning_rate(optimizer, step, options)
-            loss = _backward(task, loader, step, options, device)
-            norm = float(distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)))
-            loss, skips, stop = distributed.mean((loss, len(loader.skipped), signals.received), device)
-            finite = math.isfinite(loss) and math.isfinite(norm)
-            failures = 0 if finite else failures + 1
-            if failures == PATIENCE:
-                raise TrainingError(
-                    f"step {step}: the training diverged: expected a finite loss and gradient, got {loss} and "
-                    f"{norm}, {PATIENCE} times in a row; {HINT.format(out)}; try a lower --lr"
-                )
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad()
-            line: dict[str, Any] = {
-                "step": step,
-                "loss": loss if finite else None,
-                "lr": learning_rate(step, options),
-                "grad_norm": norm if finite else None,
-            }
-            line |= task.updated(step) if finite else {}
-            seconds = time.perf_counter() - begin
-            rate = options.batch_size * options.accumulate / seconds
-            for reason in loader.told():
-                bar.write(f"skipped: {reason}", file=sys.stderr)
-            if not finite:
-                bar.write(f"step {step}: loss {loss}, gradient {norm}: left out", file=sys.stderr)
-            skipped += round(skips * processes)
-            line |= {"clips_per_s": round(rate, 3), "waiting": round(loader.waited / seconds, 3)}
-            line |= {"decoded_frames_per_s": round(loader.speed, 1), "memory_gib": round(memory_gib(device), 3)}
-            line |= {"skipped": skipped}
-            due = (step + 1) % options.save_every == 0 or step + 1 == options.steps
-            if due:
-                line |= task.save(out)
-                if rank == 0 and (rows := task.sample()):
-                    write_sample(out, step + 1, rows)
-            elif stop:
-                task.stopped(out)
-            size = log.write(line, lasting=bool(due or stop))
-            if due or stop:
-                position = resume.Position(step + 1, size, skipped, failures)
-                resume.save(task, optimizer, out, position)
-            bar.set_postfix_str(f"loss {loss:.4f}, {rate:.2f} clips/s, {line['memory_gib']:.2f} GiB", refresh=False)
-            bar.update()
-            loader.next_step(seconds)
-            if stop:
-                report()
-                raise KeyboardInterrupt(f"stopped after {step + 1} steps; the model is in {out}; --resume goes on")
-    report()
+            _report(out)
     distributed.say(loader.report(run.clips.size))
     if skipped:
         distributed.say(f"skipped {skipped} times a video that could not be used")
     return out
+
+
+def _sample(task: Task, out: Path, step: int) -> None:
+    """Write a picture of what was learned. That there is none, for want of memory say, ends no run."""
+    try:
+        if rows := task.sample():
+            write_sample(out, step, rows)
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        print(f"no sample after step {step}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+
+
+def _report(out: Path) -> None:
+    try:
+        write_report(out)
+    except (OSError, ValueError) as error:  # what ended the run is to be seen, not this
+        print(f"no report: {error}", file=sys.stderr)
 
 
 class _Log:

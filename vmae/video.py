@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import math
 import random
 import re
@@ -142,7 +143,7 @@ def draw_view(
     wanted = _wanted_frames(path, index, frames, fps, stride, start, short, speed, draw)
     crop = _central_square(index.height, index.width, index.aspect)
     if augmentation.crop < 1:
-        crop = _random_crop(index.height, index.width, augmentation.crop, draw)
+        crop = _random_crop(index.height, index.width, index.aspect, augmentation.crop, draw)
     flip = augmentation.flip and draw.random() < 0.5
     return View(tuple(wanted), tuple(index.times[i] for i in wanted), crop, size, flip)
 
@@ -233,6 +234,9 @@ def pictures(path: str | Path, numbers: Sequence[int], size: int) -> Iterator[np
         picture = _converter(
             path, index, View((), (), _central_square(index.height, index.width, index.aspect), size, False)
         )
+        if index.ticks is None:  # frames are told by counting: all of them have to be there
+            for _ in _frames(path, index, 0):
+                pass
         at = 0
         for begin in dict.fromkeys((numbers[0], 0)):
             with _log_counts(path, index.codec == "ffv1") as look, closing(_frames(path, index, begin)) as found:
@@ -436,14 +440,19 @@ def _central_square(height: int, width: int, aspect: float) -> tuple[int, int, i
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _random_crop(height: int, width: int, least: float, draw: random.Random) -> tuple[int, int, int, int]:
+def _random_crop(
+    height: int, width: int, aspect: float, least: float, draw: random.Random
+) -> tuple[int, int, int, int]:
     """Top, left, height and width of a part, 3:4 to 4:3, of this share of a picture's area, or what that allows."""
+    stored, width = width, max(round(width * aspect), 1)  # as it is shown
     most = min(1.0, 4 / 3 * height / width, 4 / 3 * width / height)
     area = height * width * min(draw.uniform(least, 1), most)
     narrowest, widest = max(3 / 4, area / height**2), min(4 / 3, width**2 / area)
-    aspect = narrowest * (widest / narrowest) ** draw.random()
-    h, w = max(round(math.sqrt(area / aspect)), 1), max(round(math.sqrt(area * aspect)), 1)
-    return draw.randint(0, height - h), draw.randint(0, width - w), h, w
+    shape = narrowest * (widest / narrowest) ** draw.random()
+    h, w = max(round(math.sqrt(area / shape)), 1), max(round(math.sqrt(area * shape)), 1)
+    top, left = draw.randint(0, height - h), draw.randint(0, width - w)
+    w = min(max(round(w / aspect), 1), stored)
+    return top, min(round(left / aspect), stored - w), h, w
 
 
 def _decode(path: Path, index: _Index, view: View, *, seek: bool) -> tuple[np.ndarray, int]:
@@ -501,12 +510,12 @@ def _decode_torchcodec(path: Path, index: _Index, view: View) -> np.ndarray | No
     codec = _torchcodec()
     if codec is None or index.ticks is None or index.codec not in TORCHCODEC_CODECS:
         return None
+    status = path.stat()
+    if _is_turned(path, status.st_size, status.st_mtime_ns):  # it would turn some of those, but mirrors none
+        return None
     wanted = sorted(set(view.frames))
     try:
-        decoder = codec.VideoDecoder(str(path), dimension_order="NHWC")
-        if getattr(decoder.metadata, "rotation", None):  # and so it has turned them
-            return None
-        found = decoder.get_frames_at(wanted)
+        found = codec.VideoDecoder(str(path), dimension_order="NHWC").get_frames_at(wanted)
     except (RuntimeError, ValueError, IndexError):  # PyAV names what is wrong, or gets by with it
         return None
     times = found.pts_seconds - (found.pts_seconds[0] - index.times[wanted[0]])
@@ -517,6 +526,19 @@ def _decode_torchcodec(path: Path, index: _Index, view: View) -> np.ndarray | No
     pictures = [_picture(frame.numpy(), view, _UPRIGHT) for frame in found.data]
     place = {number: i for i, number in enumerate(wanted)}
     return np.ascontiguousarray(np.stack([pictures[place[number]] for number in view.frames]))
+
+
+@functools.lru_cache(maxsize=8)
+def _is_turned(path: Path, size: int, changed: int) -> bool:
+    """By the first frame, for PyAV tells of a stream's matrix nowhere else; if that is damaged, as if it were."""
+    import av
+
+    container, stream = _open(path)
+    with container:
+        try:
+            return any(_turn(path, frame) != _UPRIGHT for frame in itertools.islice(container.decode(stream), 1))
+        except av.FFmpegError:
+            return True
 
 
 @functools.cache
