@@ -55,8 +55,8 @@ def test_tokenizer_run_leaves_log_configuration_and_model(moving_square, tmp_pat
     torch.manual_seed(0)
     fresh = AdaptiveTokenizer(TokenizerConfig.tiny())
     assert not torch.equal(loaded.encoder.stem.weight, fresh.encoder.stem.weight)
-    files = ["config.json", "log.jsonl", "model.safetensors", "run.json", "state-00000025.safetensors"]
-    assert sorted(p.name for p in out.iterdir()) == files
+    files = ["config.json", "log.jsonl", "model.safetensors", "report.html", "run.json", "samples"]
+    assert sorted(p.name for p in out.iterdir()) == [*files, "state-00000025.safetensors"]
 
 
 def test_same_seed_gives_the_same_losses_with_and_without_workers(moving_square, tmp_path):
