@@ -23,7 +23,7 @@ demo: $(READY)
 	$(RUN)vmae demo
 
 test: $(READY)
-	$(RUN)python -m pytest
+	$(RUN)python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-long: $(READY)
 	$(RUN)python -m pytest -m long

@@ -1,5 +1,6 @@
 """Videos that the tests make for themselves."""
 
+import os
 from pathlib import Path
 
 import av
@@ -10,7 +11,11 @@ from numbered_videos import KINDS, LENGTH, write_numbers
 
 from vmae import AdaptiveTokenizer, TokenizerConfig, checkpoint
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side take one thread each, and what they start does too
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    torch.set_num_threads(2)
 
 
 def write_video(path: Path, frames: int, width: int = 64, height: int = 48) -> Path:

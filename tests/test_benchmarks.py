@@ -24,6 +24,7 @@ def suite(tmp_path: Path, test: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
     command += [f"--benchmark-json={tmp_path / 'out.json'}", str(tmp_path / "bench_it.py")]
     environment = {**os.environ, "PYTHONPATH": str(FOLDER)}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # else nothing is measured
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
 
 

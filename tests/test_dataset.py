@@ -1,5 +1,6 @@
 """Folders, lists and batches of videos."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -210,7 +211,8 @@ def test_a_killed_worker_is_named(folder):
     source = batches(ClipDataset(folder, frames=2, size=CLIP), 1, workers=1)
     next(source)
     for process in multiprocessing.active_children():
-        process.kill()
+        with contextlib.suppress(RuntimeError):  # PyTorch's handler of SIGCHLD, where the signal comes this soon
+            process.kill()
     with pytest.raises(OSError, match="a decoding process was killed"):
         list(itertools.islice(source, 20))
 

@@ -42,8 +42,11 @@ def commands(video_folder, tokenizer_dir) -> dict[str, list[str]]:
 
 
 def start(command: list[str], out: Path, *more: str, **options) -> subprocess.Popen:
+    """With two threads, whose turns must not show in the bits."""
     arguments = [sys.executable, "-m", "vmae.cli", *command, "--out", str(out), *more]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(arguments, env=environment, **pipes, **options)
 
 
 def finish(command: list[str], out: Path, *more: str) -> str:
