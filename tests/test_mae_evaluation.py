@@ -11,9 +11,9 @@ from vmae.flow import flow_available, flow_scores
 from vmae.mae import everest_scores
 from vmae.mae_evaluation import evaluated_mae, mae_table, nearest_visible
 from vmae.masking import STRATEGIES, select
+from vmae.motion import motion
 from vmae.optimisation import Optimisation
 from vmae.pretraining import PretrainRun
-from vmae.report import motion
 from vmae.training import Clips
 
 

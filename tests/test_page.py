@@ -20,8 +20,8 @@ from PIL import Image
 
 from vmae import AdaptiveTokenizer, TokenizerConfig, Tokens, VideoMAE, VideoMAEConfig, load_clip
 from vmae.masking import SCORED, STRATEGIES, select
+from vmae.motion import motion
 from vmae.page import BUDGETS, Masking, Picture, Section, page, section, selections
-from vmae.report import motion
 
 TINY = {"width": 32, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 1}
 MASKING = Masking(mask_ratio=0.5, budget=0.2)

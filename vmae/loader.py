@@ -54,7 +54,8 @@ class Loader:
         """How fast clips of so many rows came, and what to do about it."""
         cores = os.cpu_count() or 1
         share = self._waiting / max(self._seconds, 1e-9)
-        who = f"{self.workers} decoding processes manage" if self.workers else "decoding between the steps manages"
+        several = f"{self.workers} decoding processes manage"
+        who = {0: "decoding between the steps manages", 1: "the decoding process manages"}.get(self.workers, several)
         text = f"clips: {who} {self.speed:.0f} frames/s; {share:.0%} of the time was spent waiting for them"
         if share <= MUCH_WAITING:
             return text

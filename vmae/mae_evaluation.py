@@ -16,9 +16,9 @@ from vmae.dataset import ClipDataset
 from vmae.flow import flow_available, flow_scores
 from vmae.mae import VideoMAE, everest_scores
 from vmae.masking import SCORED, STRATEGIES, Grid, Strategy, TubeMask, select, tube_mask
+from vmae.motion import motion
 from vmae.optimisation import autocast, device_of
 from vmae.pretraining import PretrainRun
-from vmae.report import motion
 from vmae.tokenizer import AdaptiveTokenizer
 from vmae.tokens import Tokens, check_video
 from vmae.training import clips_of

@@ -24,9 +24,9 @@ from vmae import checkpoint
 from vmae.flow import flow_available, flow_scores
 from vmae.mae import VideoMAE, everest_scores
 from vmae.masking import SCORED, STRATEGIES, Strategy, TubeMask, check_masks, select, tube_mask
+from vmae.motion import motion
 from vmae.optimisation import autocast
 from vmae.prediction import predicted, to_bytes
-from vmae.report import motion
 from vmae.tokenizer import AdaptiveTokenizer
 from vmae.tokens import Tokens, check_clip
 from vmae.video import frame_count, load_clip

@@ -107,7 +107,7 @@ def train_tokenizer(run: TokenizerRun) -> Path:
     task = _TokenizerTraining(initialised(config, run.optimisation.seed), run, _clips(aside))
     for missing, consequence in (
         (run.perceptual is None, "no perceptual loss: --perceptual names its weights"),
-        (not task.aside, "no videos are set aside to choose the model by: the last one is saved"),
+        (not task.aside, "no videos are set aside (--aside): the last weights are kept, not the best"),
     ):
         if missing:
             distributed.say(consequence)

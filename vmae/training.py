@@ -341,8 +341,16 @@ def _progress(steps: int, done: int, name: str) -> Any:
     # A log file gets a line every 10 seconds, a terminal several a second.
     interval = 0.2 if sys.stderr.isatty() else 10
     quiet = distributed.world().rank > 0
+    # Within 80 columns: clips/s say what tqdm's own rate would.
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
     bar = tqdm(
-        total=steps, initial=done, desc=name, unit="step", mininterval=interval, dynamic_ncols=True, disable=quiet
+        total=steps,
+        initial=done,
+        desc=name,
+        bar_format=layout,
+        mininterval=interval,
+        dynamic_ncols=True,
+        disable=quiet,
     )
     return contextlib.closing(bar)
 

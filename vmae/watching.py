@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vmae import checkpoint
 from vmae.checkpoint import LOG, RUN
-from vmae.report import read_log
 from vmae.tokens import TUBELET
 
 REPORT, SAMPLES, SAMPLE = "report.html", "samples", "step-{:08d}.jpg"
@@ -83,14 +82,31 @@ def watch(run: Path, every: float) -> None:
         time.sleep(every)
 
 
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """The lines of a training log; one that a kill cut short does not count."""
+    lines = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def read_losses(log: Path) -> list[float]:
+    """The losses of a training log, of a tokenizer those of the pixels."""
+    # None is a step that was left out.
+    return [float(line.get("pixels", line["loss"])) for line in read_log(log) if line["loss"] is not None]
+
+
 def status(lines: list[dict[str, Any]], steps: int) -> str:
     """How a run stands, in a line."""
     if not lines:
         return f"before the first of {steps:,} steps"
     last = lines[-1]
     done = last["step"] + 1
-    recent = [line for line in lines[-20:] if line["loss"] is not None]
-    loss = f", loss {sum(line['loss'] for line in recent) / len(recent):.4f}" if recent else ""
+    recent = [line["loss"] for line in lines[-20:] if line["loss"] is not None]
+    loss = f", loss {sum(recent) / len(recent):.4f} (mean of {len(recent)})" if recent else ""
     skipped = f", {last['skipped']} times a video was skipped" if last.get("skipped") else ""
     if done == steps:
         return f"all {steps:,} steps are done{loss}{skipped}"
