@@ -36,13 +36,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="of benchmarks/run.py")
     parser.add_argument("--update", action="store_true", help="write the baseline")
     args = parser.parse_args()
-    found, steps = traced(), {}
+    steps = {}
     try:
         before = {} if args.update else json.loads(BASELINE.read_text())
         if args.results:
             steps = measured(json.loads(args.results.read_text()))
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"gate.py: error: {error!r}")
+    except OSError as error:
+        sys.exit(f"gate.py: error: {error.filename}: {error.strerror}")
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(f"gate.py: error: {args.results or BASELINE}: expected results of benchmarks/run.py, got {error!r}")
+    found = traced()
     if args.update:
         BASELINE.write_text(json.dumps(found, indent=2) + "\n")
         print(f"written to {BASELINE}")

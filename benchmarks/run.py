@@ -38,7 +38,7 @@ def main() -> None:
     if unknown := set(args.suites) - set(SUITES):
         parser.error(f"expected suites of {', '.join(SUITES)}, got {', '.join(sorted(unknown))}")
     if args.gpu and DEVICE != "cuda":
-        parser.error("--gpu: expected a CUDA device, found none")
+        parser.exit(2, "run.py: error: --gpu: expected a CUDA device, found none\n")
     if args.k and not args.out and not args.report:
         parser.error("-k: expected with --out, for it is a part of the suites that is measured")
     try:

@@ -142,16 +142,19 @@ def test_gate(monkeypatch, tmp_path, capsys, found):
     monkeypatch.setattr(gate, "traced", lambda: {"a step": {"bytes": 100.0}})
     monkeypatch.setattr(gate, "BASELINE", tmp_path / "baseline.json")
     results = str(tmp_path / "results.json")
-    assert "FileNotFoundError" in run()
+    assert "baseline.json: No such file" in run()
     monkeypatch.setattr(sys, "argv", ["gate.py", "--update"])
     gate.main()
     assert run() == 0
+    assert "none.json: No such file" in run("--results", str(tmp_path / "none.json"))
     assert run("--results", results) == 0  # half of what is predicted, which is said
     assert "1 steps traced, 4 measured: 0 numbers worse" in (out := capsys.readouterr().out)
     assert out.count("better: vmae") == 4
     found["benchmarks"][3]["extra_info"]["bytes"] *= 2.3
     assert run("--results", results) == 1
     assert "WORSE: vmae, 15% decoded, bf16, 128 frames: bytes" in capsys.readouterr().out
+    (tmp_path / "other.json").write_text("[]")
+    assert "other.json: expected results of benchmarks/run.py" in run("--results", str(tmp_path / "other.json"))
     found["benchmarks"] = found["benchmarks"][4:]
     assert "expected measured steps of vmae, found none" in run("--results", results)
     monkeypatch.setattr(gate, "traced", lambda: {"a step": {"bytes": 102.0}})

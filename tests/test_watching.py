@@ -150,7 +150,7 @@ def run_of(folder, steps: int, lines: int, **changes):
 def test_while_it_goes_on(tmp_path):
     run = run_of(tmp_path / "run", 1000, 300, skipped=2)
     text = write_report(run, refresh=7).read_text()
-    assert "step 300 of 1,000 (30%), loss 2.0000 (mean of 20), 4 clips/s, 2 times a video was skipped" in text
+    assert "step 300 of 1,000 (30%), loss 2.0000 (mean of 20), 4 clips/s, skipped videos 2 times" in text
     assert '<meta http-equiv="refresh" content="7">' in text
     assert "vmae &lt;x&gt;" in text
     assert "Samples" not in text

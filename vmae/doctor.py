@@ -43,7 +43,7 @@ def report() -> dict[str, Any]:
             "CUDA": "the Triton kernels where Triton is installed",
             "extension": _csrc.facts().get("missing") or _extension(_csrc.facts()),
         },
-        "convolutions": [
+        "cuda_convolutions": [
             {
                 "kernel": f"{kernel['kernel']} {kernel['math']} {' x '.join(map(str, kernel['tile'][:3]))}",
                 **{name: kernel[name] for name in ("registers", "local_bytes", "shared_bytes", "blocks")},

@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 import re
+import textwrap
 import time
 import weakref
 from collections import Counter
@@ -437,7 +438,7 @@ def table(plan: Plan) -> str:
         f"The time is from what the device computes and moves at best ({device.source}): on a CPU steps took 0.9 to "
         "1.5 times as long; on a GPU, where it is not yet measured, expect more.",
     ]
-    return "\n".join(lines)
+    return "\n".join(textwrap.fill(line, 80) for line in lines)
 
 
 def facts(plan: Plan) -> dict[str, Any]:

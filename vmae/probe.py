@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -603,12 +604,14 @@ def _result(
     )
 
 
-NOTES = """\
-± is the standard deviation over seeds: each draws {share:.0%} of each class's training videos and, for random, an
-encoder. knn and linear see the mean of an encoder's tokens, attentive sees the means of at most {t} x {h} x {w} parts
-(frames, rows, columns); pixels are the mean colours of at most {t} x {hh} x {ww} parts of the clip.
-pretrained counts as above (below) others if its mean accuracy is higher (lower) by more than the margin, the larger of:
-the sum of the two standard deviations, and two standard errors of the difference over the validation videos."""
+NOTES = (
+    "± is the standard deviation over seeds: each draws {share:.0%} of each class's training videos and, for random, "
+    "an encoder. knn and linear see the mean of an encoder's tokens, attentive sees the means of at most {t} x {h} x "
+    "{w} parts (frames, rows, columns); pixels are the mean colours of at most {t} x {hh} x {ww} parts of the clip.",
+    "pretrained counts as above (below) others if its mean accuracy is higher (lower) by more than the margin, the "
+    "larger of: the sum of the two standard deviations, and two standard errors of the difference over the validation "
+    "videos.",
+)
 
 
 def table(result: ProbeResult) -> str:
@@ -632,7 +635,8 @@ def table(result: ProbeResult) -> str:
                 cells = "".join(f"{f'{100 * cell.mean:.1f} ± {100 * cell.std:.1f}':>14}" for cell in row)
                 lines.append(f"{features:<12}{name:<12}{cells}")
     t, h, w = POOLED
-    lines += ["", *NOTES.format(share=SHARE, t=t, h=h, w=w, hh=2 * h, ww=2 * w).splitlines(), ""]
+    notes = (note.format(share=SHARE, t=t, h=h, w=w, hh=2 * h, ww=2 * w) for note in NOTES)
+    lines += ["", *(textwrap.fill(note, 80) for note in notes), ""]
     for frames in run["frames"]:
         for name in PROBES:
             words = [

@@ -24,7 +24,7 @@ from vmae.memory import memory_gib
 from vmae.optimisation import Optimisation, adamw, autocast, device_of, learning_rate, set_learning_rate
 from vmae.tokens import check_clip
 from vmae.video import PLAIN, Augmentation, Start, VideoError
-from vmae.watching import REPORT, SAMPLE, SAMPLES, write_report, write_sample
+from vmae.watching import REPORT, SAMPLE, SAMPLES, times, write_report, write_sample
 
 PATIENCE = 5  # steps without a number, in a row
 SAMPLE_FRAMES = 16  # of a sample
@@ -248,7 +248,7 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
             _report(out)
     distributed.say(loader.report(run.clips.size))
     if skipped:
-        distributed.say(f"skipped {skipped} times a video that could not be used")
+        distributed.say(f"skipped {times(skipped)} a video that could not be used")
     return out
 
 

@@ -99,6 +99,10 @@ def read_losses(log: Path) -> list[float]:
     return [float(line.get("pixels", line["loss"])) for line in read_log(log) if line["loss"] is not None]
 
 
+def times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
+
+
 def status(lines: list[dict[str, Any]], steps: int) -> str:
     """How a run stands, in a line."""
     if not lines:
@@ -107,7 +111,7 @@ def status(lines: list[dict[str, Any]], steps: int) -> str:
     done = last["step"] + 1
     recent = [line["loss"] for line in lines[-20:] if line["loss"] is not None]
     loss = f", loss {sum(recent) / len(recent):.4f} (mean of {len(recent)})" if recent else ""
-    skipped = f", {last['skipped']} times a video was skipped" if last.get("skipped") else ""
+    skipped = f", skipped videos {times(last['skipped'])}" if last.get("skipped") else ""
     if done == steps:
         return f"all {steps:,} steps are done{loss}{skipped}"
     return f"step {done:,} of {steps:,} ({done / steps:.0%}){loss}, {last['clips_per_s']:g} clips/s{skipped}"
