@@ -38,7 +38,7 @@ def demo_clips() -> dict[str, Path]:
 def demo(out: Path = Path("runs/demo"), tokenizer_steps: int = 300, mae_steps: int = 100) -> None:
     """Train a tiny tokenizer and a tiny MAE at 128 frames on three short videos, and show what they do.
 
-    Takes less than five minutes on two cores. An earlier demo in `out` is replaced.
+    Takes four to seven minutes on two cores. An earlier demo in `out` is replaced.
 
     Args:
         out: folder for models, page, plot and features.

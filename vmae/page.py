@@ -173,7 +173,7 @@ def _facts(section: Section, masking: Masking) -> dict[str, Any]:
     return {
         "title": section.title,
         "note": section.note,
-        "facts": f"{frames} frames of {height} x {width}, {grid[0]} x {grid[1]} x {grid[2]} = {n:,} tokens, of which "
+        "facts": f"{frames:,} frames of {height} x {width}, {grid[0]} x {grid[1]} x {grid[2]} = {n:,} tokens, of which "
         f"the encoder sees {seen:,}",
         "frames": frames,
         "height": height,
