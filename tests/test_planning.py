@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import vmae_kernels
 from vmae import VideoMAE, VideoMAEConfig, planning
 from vmae.planning import DEVICES, GIB, costs, parse_memory, plan
 from vmae.step import PARTS, Step, inputs, optimizer_of, run
@@ -171,6 +172,20 @@ def test_time_is_that_of_the_slowest_limit():
     half = costs(replace(TINY, precision="bf16"), cuda=False)
     assert half.seconds(device._replace(bf16=1e9)) > half.seconds(device)
     assert step.seconds(device._replace(bf16=1e9)) == step.seconds(device)
+
+
+def test_of_what_is_gathered_from_only_the_part_that_is_read_counts():
+    c, (t, h, w) = TINY.config(), TINY.grid
+    visible = t * (h * w - math.floor(c.mask_ratio * h * w))
+    (cut,) = [w for w in costs(TINY, cuda=False).work if w.operation == "tubelets"]
+    indices = 8 * visible
+    # uint8 in, float32 out; with the indices, and six means and deviations if they are tensors
+    assert cut.bytes == pytest.approx((1 + 4) * 1536 * visible + indices, abs=6 * 4)
+    x, rows = torch.zeros(1, 100, 8), torch.tensor([[3, 1, 99]])
+    with planning.Recorder() as recorder:
+        vmae_kernels.gather_tokens(x, rows)
+    (gather,) = [w for w in recorder.work if w.operation == "gather_tokens"]
+    assert gather.bytes == 2 * 3 * 8 * 4 + 3 * 8
 
 
 def test_this_device_is_measured():

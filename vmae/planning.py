@@ -6,6 +6,7 @@ prediction follows the code, and nothing here repeats it.
 
 import functools
 import itertools
+import math
 import os
 import re
 import textwrap
@@ -30,6 +31,7 @@ from vmae.tokens import TUBELET
 from vmae_kernels import attention
 
 GIB = 2**30
+GATHERS = {"gather_tokens", "decoder_tokens", "tubelets", "gather", "index_select", "index"}  # read what they return
 BLOCK = 512  # bytes that PyTorch's CUDA allocator rounds to
 MARGIN = 0.1  # of a step: what an allocator loses between its blocks, and this prediction may miss
 FIXED = 1 * GIB  # what Python, PyTorch, CUDA and their workspaces take before the first tensor
@@ -157,10 +159,10 @@ class Recorder(TorchDispatchMode):
             self.see(x, "weights as bf16" if cast else self.part)
         if not any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments):  # no view
             dtype = made[0].dtype if made else torch.float32
-            moved = sum(x.numel() * x.element_size() for x in given + made)
-            self.work.append(
-                Work(self.part, func._overloadpacket.__name__, dtype, flops_of(func, args, kwargs, out), moved)
-            )
+            name = func._overloadpacket.__name__
+            most = sum(x.numel() for x in made) if name in GATHERS else math.inf
+            moved = sum(min(x.numel(), most) * x.element_size() for x in given) + sum(x.nbytes for x in made)
+            self.work.append(Work(self.part, name, dtype, flops_of(func, args, kwargs, out), int(moved)))
         return out
 
     def see(self, x: Tensor, label: str) -> None:
