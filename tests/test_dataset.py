@@ -12,7 +12,7 @@ import pytest
 import torch
 from numbered_videos import CLIP, GOP, check_refusal, numbers_of, write_numbers
 
-from vmae.dataset import ClipDataset, batches, read_entries
+from vmae.dataset import ClipDataset, batches, decoded, read_entries
 from vmae.video import VideoError, load_clip
 
 # --- lists of videos ----------------------------------------------------------------------------------------------
@@ -215,6 +215,20 @@ def test_a_killed_worker_is_named(folder):
             process.kill()
     with pytest.raises(OSError, match="a decoding process was killed"):
         list(itertools.islice(source, 20))
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError(), ConnectionResetError(104, "reset"), RuntimeError("DataLoader worker (pid 7) is killed")]
+)
+def test_whatever_pytorch_makes_of_a_killed_worker(monkeypatch, error):
+    """It depends on what the worker was about when it ended."""
+
+    def end(*_):
+        raise error
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda _: iter(end, None))
+    with pytest.raises(OSError, match="a decoding process was killed"):
+        list(decoded([1], workers=0))
 
 
 # --- the dataset --------------------------------------------------------------------------------------------------
@@ -481,11 +495,16 @@ def test_a_program_that_leaves_its_workers_ends(folder):
 
 
 def test_ctrl_c_is_not_for_the_workers(folder):
-    """A terminal sends it to the whole group; the run decides when to stop, and may want clips until then."""
+    """A terminal sends it to the whole group; the run decides when to stop, and may want clips until then.
+
+    Nor is it for one that has only just been born: here the second worker is, when it comes.
+    """
     code = f"""
-import itertools, os, signal, sys
+import itertools, os, signal, sys, time
 from vmae import ClipDataset, batches
 
+births = []
+os.register_at_fork(before=lambda: births.append(1), after_in_child=lambda: time.sleep(2 * len(births) - 2))
 clips = batches(ClipDataset(sys.argv[1], frames=2, size={CLIP}), 1, workers=2)
 next(clips)
 signal.signal(signal.SIGINT, lambda *_: None)

@@ -256,13 +256,38 @@ def _collate(items: list[_Item | Exception]) -> Batch | Exception:
     )
 
 
+# Signals that a terminal or scheduler sends to all of a job's processes, and that are for the run alone.
+_OF_THE_RUN = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigtimedwait") else {signal.SIGINT}
+
+
+def decoded(dataset: Dataset, *, workers: int, **order: Any) -> Iterator[Any]:
+    """What a `DataLoader` of so many decoding processes gives; `order`: its other arguments.
+
+    Ctrl-C does not reach the processes, and the end of one, which PyTorch reports as a RuntimeError, is an OSError.
+    """
+    loader = DataLoader(
+        dataset, num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=start_worker, **order
+    )
+    try:
+        # Blocked already when the processes are born, which are the terminal's until `start_worker` has run.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN)
+        try:
+            items = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from items
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise OSError("a decoding process was killed, perhaps for memory or shared memory; try --workers 0") from error
+
+
 def start_worker(_: int) -> None:
     """What a decoding process does first."""
     torch.set_num_threads(1)  # the workers are the parallelism
-    # What is sent to a whole group of processes, or to all of a job's, is for the run alone.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN)
     os.setsid()
-    if hasattr(signal, "sigtimedwait"):  # on Linux
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if signal.SIGTERM in _OF_THE_RUN:
         threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
@@ -305,21 +330,13 @@ def batches(
     if batch_size % count:
         raise ValueError(f"batch_size: expected a multiple of the {count} processes, got {batch_size}")
     size = batch_size // count
-    loader = DataLoader(
-        _Slots(dataset, seed, extras), batch_sampler=_Parts(batch_size, start, number * size, size),
-        collate_fn=_collate, num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=start_worker,
-    )  # fmt: skip
-    return _guarded(loader)
+    parts = _Parts(batch_size, start, number * size, size)
+    slots = _Slots(dataset, seed, extras)
+    return _batches(decoded(slots, workers=workers, batch_sampler=parts, collate_fn=_collate))
 
 
-def _guarded(loader: DataLoader) -> Iterator[Batch]:
-    """A loader's batches; the end of a worker, which PyTorch reports as a RuntimeError, is an OSError."""
-    try:
-        for batch in loader:
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
-    except (RuntimeError, ConnectionError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        raise OSError("a decoding process was killed, perhaps for memory or shared memory; try --workers 0") from error
+def _batches(items: Iterator[Batch | Exception]) -> Iterator[Batch]:
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield item

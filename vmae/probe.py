@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vmae import checkpoint
 from vmae.cache import content_hash
-from vmae.dataset import ClipDataset, read_entries, start_worker
+from vmae.dataset import ClipDataset, decoded, read_entries
 from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import Grid
 from vmae.optimisation import Optimisation, Precision, adamw, autocast, device_of, set_learning_rate
@@ -205,12 +205,9 @@ def _encode(
     device = device_of(run.device)
     kept: dict[int, list[Pooled]] = {}
     skipped: dict[int, str] = {}
-    loader = DataLoader(
-        _Attempts(dataset), batch_size=None, sampler=videos, num_workers=run.workers,
-        prefetch_factor=2 if run.workers else None, worker_init_fn=start_worker,
-    )  # fmt: skip
+    clips = decoded(_Attempts(dataset), workers=run.workers, batch_size=None, sampler=videos)
     name = f"{dataset.sampling['frames']} frames"
-    bar = tqdm(loader, desc=name, total=len(videos), unit="clip", disable=not progress, mininterval=1)
+    bar = tqdm(clips, desc=name, total=len(videos), unit="clip", disable=not progress, mininterval=1)
     batch: dict[int, Tensor] = {}
     for video, item in zip(videos, bar, strict=True):
         if isinstance(item, str):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vmae.cache import Cache, CacheError, entry_key, state_hash
-from vmae.dataset import Batch, ClipDataset, Extras, start_worker
+from vmae.dataset import Batch, ClipDataset, Extras, decoded
 from vmae.flow import flow_scores
 from vmae.mae import everest_scores
 from vmae.tokenizer import AdaptiveTokenizer, latents_of
@@ -118,14 +118,11 @@ class Targets:
         cache = self.cache
         items = [(index, number) for number in range(views) for index in range(len(dataset))][part[0] :: part[1]]
         random.Random(time.time_ns()).shuffle(items)  # several that fill one cache seldom meet
-        loader = DataLoader(
-            _Missing(dataset, cache, [source.name for source in self.sources], items), batch_size=None,
-            num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=start_worker,
-        )  # fmt: skip
+        missing_views = _Missing(dataset, cache, [source.name for source in self.sources], items)
         computed, written = 0, time.monotonic()
         bar = tqdm(total=len(items), desc=cache.folder.name, unit="view", disable=part[0] > 0, dynamic_ncols=True)
         with bar:
-            for item in loader:
+            for item in decoded(missing_views, workers=workers, batch_size=None):
                 if isinstance(item, str):
                     bar.write(f"skipped: {item}", file=sys.stderr)
                 elif item is not None:
