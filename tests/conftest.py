@@ -14,6 +14,7 @@ from vmae import AdaptiveTokenizer, TokenizerConfig, checkpoint
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side take one thread each, and what they start does too
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # where a test asks for two, they do not spin on others' cores
 else:
     torch.set_num_threads(2)
 

@@ -50,6 +50,13 @@ def test_wheel_holds_both_packages_and_the_command(wheel, tmp_path):
     assert answer.count(str(tmp_path)) == 2
 
 
+def test_the_command_starts_without_what_few_of_its_parts_need():
+    """Each of them would make every start longer by a quarter to two thirds of a second."""
+    loaded = set(run("import sys, vmae.cli; print(*sys.modules)").split())
+    assert {"tyro", "vmae.page", "vmae.probe"} <= loaded
+    assert not {"matplotlib", "sklearn", "torch.distributed.tensor", "torch._dynamo"} & loaded
+
+
 def test_one_thread_makes_the_first_call_to_mkls_vector_mathematics():
     """Several at once can see a half-done answer: of thirty processes one had positions with other last bits."""
     code = """

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class World(NamedTuple):
@@ -102,12 +101,19 @@ def parallel(model: nn.Module, engine: str, device: torch.device, *, unused: boo
 
 def whole(value: Tensor) -> Tensor:
     """A tensor on the CPU, gathered where it is spread over the processes: all of them must ask."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+    if dist.is_initialized():
+        from torch.distributed.tensor import DTensor  # takes long, and only some runs need it
+
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().cpu()
 
 
 def assign(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one that may be spread over the processes."""
     with torch.no_grad():
-        if isinstance(target, DTensor):
-            value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+        if dist.is_initialized():
+            from torch.distributed.tensor import DTensor, distribute_tensor
+
+            if isinstance(target, DTensor):
+                value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
         target.copy_(value)

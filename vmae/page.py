@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -151,6 +150,8 @@ def selections(section: Section, masking: Masking) -> tuple[TubeMask, dict[Strat
 
 def page(sections: Sequence[Section], masking: Masking, out: str | Path) -> None:
     """Write one self-contained HTML file."""
+    import matplotlib  # takes long, and only pages need it
+
     data = {
         "sections": [_facts(section, masking) for section in sections],
         "budget": masking.budget,

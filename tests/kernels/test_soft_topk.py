@@ -46,12 +46,12 @@ def value_and_gradient(scores, grad, *args, **kwargs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("samples", "sigma"), [(1, 0.5), (3, 0.05), (4, 1.0), (10, 0.3), pytest.param(64, 2.0, marks=LARGE)]
+    ("samples", "sigma"), [(1, 0.5), (3, 0.05), (4, 1.0), (6, 0.3), pytest.param(64, 2.0, marks=LARGE)]
 )
 def test_explicit_estimator(dtype, samples, sigma):
     g = torch.Generator().manual_seed(samples)
-    scores = torch.randn(2, 3, 17, generator=g).to(dtype)
-    grad = torch.randn(2, 3, 17, generator=g).to(dtype)
+    scores = torch.randn(2, 1, 17, generator=g).to(dtype)
+    grad = torch.randn(2, 1, 17, generator=g).to(dtype)
     args = {"sigma": sigma, "samples": samples, "seed": 11}
     value, gradient = value_and_gradient(scores, grad, 5, **args)
     wanted, wanted_gradient = estimator(scores, 5, sigma, samples, 11, grad)
@@ -61,16 +61,16 @@ def test_explicit_estimator(dtype, samples, sigma):
     torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=max(2 * eps, 1e-5), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [0, 1, 20, 39, 40])
 def test_a_distribution_over_tokens(dtype, k):
-    scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(k)).to(dtype)
-    value, gradient = value_and_gradient(scores, torch.randn(3, 40).to(dtype), k, sigma=0.7, samples=10, seed=5)
+    scores = torch.randn(2, 40, generator=torch.Generator().manual_seed(k)).to(dtype)
+    value, gradient = value_and_gradient(scores, torch.randn(2, 40).to(dtype), k, sigma=0.7, samples=5, seed=5)
     assert value.dtype == dtype
     assert value.min() >= 0
     assert value.max() <= 1
-    slack = 1e-5 if dtype in (torch.float32, torch.float64) else 40 * torch.finfo(dtype).eps
-    torch.testing.assert_close(value.double().sum(-1), torch.full((3,), float(k)).double(), rtol=0, atol=slack)
+    slack = 1e-5 if dtype == torch.float32 else 40 * torch.finfo(dtype).eps
+    torch.testing.assert_close(value.double().sum(-1), torch.full((2,), float(k)).double(), rtol=0, atol=slack)
     if k in (0, 40):
         assert torch.equal(value, torch.full_like(scores, k // 40))
         assert not gradient.any()
