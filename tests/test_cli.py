@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,27 @@ def test_encode_writes_features_and_grid(trained, moving_square, tmp_path, monke
         expected = model.encode(load_clip(moving_square, frames=32, size=32, stride=2))[0]
     torch.testing.assert_close(features, expected)
     assert (metadata["grid"], metadata["frames"], metadata["stride"]) == ("16 2 2", "32", "2")
+
+
+def test_only_what_it_made_is_replaced(trained, moving_square, tmp_path, monkeypatch, capsys):
+    """Neither a video nor a model, though it be of the same format."""
+    mae, tokenizer = trained / "mae", trained / "tokenizer"
+    encode = ["encode", moving_square, "--model", mae, "--out"]
+    show = ["show", moving_square, "--tokenizer", tokenizer, "--frames", "16", "--size", "32", "--out"]
+    video, features, shown = (tmp_path / name for name in ("copy.mp4", "features.safetensors", "page.html"))
+    shutil.copy(moving_square, video)
+    for command, own, what in ((encode, features, "features"), (show, shown, "a page")):
+        run(monkeypatch, *command, own)
+        made = own.read_bytes()
+        for other in (video, mae / "model.safetensors", features if own == shown else shown):
+            if other.exists():
+                before = other.read_bytes()
+                assert f"expected a new file, or {what} to replace" in refused(monkeypatch, capsys, *command, other)
+                assert other.read_bytes() == before
+        stamp = own.stat().st_ino
+        run(monkeypatch, *command, own)
+        assert own.stat().st_ino != stamp
+        assert len(own.read_bytes()) == len(made)
 
 
 def test_show_writes_one_self_contained_page(trained, moving_square, tmp_path, monkeypatch):

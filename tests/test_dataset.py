@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 
@@ -228,7 +229,47 @@ def test_whatever_pytorch_makes_of_a_killed_worker(monkeypatch, error):
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda _: iter(end, None))
     with pytest.raises(OSError, match="a decoding process was killed"):
+        list(decoded([1], workers=1))
+    with pytest.raises(type(error)):
         list(decoded([1], workers=0))
+
+
+class Raises(torch.utils.data.Dataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, _):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), NotImplementedError("x"), EOFError("y")])
+def test_what_a_worker_raises_is_raised(error, workers):
+    with pytest.raises(type(error), match=str(error)):
+        list(decoded(Raises(error), workers=workers))
+
+
+def test_an_interrupt_leaves_no_signal_blocked(monkeypatch):
+    """Python runs a signal's handler as `pthread_sigmask` returns, when the mask is another already."""
+    real = signal.pthread_sigmask
+
+    def interrupted(how, mask):
+        before = real(how, mask)
+        if how == signal.SIG_BLOCK and mask:
+            raise KeyboardInterrupt
+        return before
+
+    before = real(signal.SIG_BLOCK, ())
+    monkeypatch.setattr(signal, "pthread_sigmask", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(decoded([1], workers=1))
+        assert real(signal.SIG_BLOCK, ()) == before
+    finally:
+        real(signal.SIG_SETMASK, before)
 
 
 # --- the dataset --------------------------------------------------------------------------------------------------

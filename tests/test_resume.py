@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vmae import AdaptiveTokenizer, TokenizerConfig, checkpoint
+from vmae import AdaptiveTokenizer, TokenizerConfig, checkpoint, resume
 from vmae.optimisation import Optimisation
 from vmae.pretraining import PretrainRun, pretrain
 from vmae.tokenizer_training import TokenizerRun, _TokenizerTraining, train_tokenizer
@@ -428,18 +428,55 @@ def test_a_tokenizers_memory_is_complete(video_folder, tmp_path, monkeypatch):
     """Optimizer, discriminator with its own, averaged weights, counts and choice: at every step to stop at."""
 
     def run(name: str, **changes) -> TokenizerRun:
-        options = Optimisation(steps=6, save_every=1, lr=2e-3, precision="fp32", batch_size=2)
+        options = Optimisation(steps=4, save_every=1, lr=2e-3, precision="fp32", batch_size=2)
         clips = Clips(frames=8, size=32, workers=0)
         return TokenizerRun(video_folder, tmp_path / name, model="tiny", clips=clips, optimisation=options,
                             gan_after=0.4, aside=0.4, ema=0.9, **changes)  # fmt: skip
 
     expected = outcome(train_tokenizer(run("whole")))
-    for step in range(1, 6):
+    for step in range(1, 4):
         crash_at(monkeypatch, step + 1)
         with pytest.raises(Crash):
             train_tokenizer(run(f"at {step}"))
         monkeypatch.undo()
         assert outcome(train_tokenizer(run(f"at {step}", resume=True))) == expected
+
+
+@pytest.mark.parametrize("changes", [{"overwrite": True}, {"resume": True}])
+def test_a_folder_in_which_another_process_trains_is_left_alone(
+    changes, video_folder, tokenizer_dir, tmp_path, monkeypatch
+):
+    """Whatever it asks for, and whether or not it came so early that it saw no run there."""
+    run = mae_run(video_folder, tmp_path, tokenizer_dir)
+    crash_at(monkeypatch, 2)
+    with pytest.raises(Crash):
+        pretrain(run)
+    monkeypatch.undo()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path / checkpoint.LOG)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process is training there"):
+            pretrain(dataclasses.replace(run, **changes))
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        other.kill()
+    pretrain(dataclasses.replace(run, **changes))  # it left nothing behind that would have to be removed
+
+
+def test_while_it_trains_no_other_process_can(video_folder, tokenizer_dir, tmp_path, monkeypatch):
+    run = mae_run(video_folder, tmp_path, tokenizer_dir)
+    ask = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    command, said = [sys.executable, "-c", ask, str(tmp_path / checkpoint.LOG)], []
+    original = resume.save
+    monkeypatch.setattr(
+        resume, "save",
+        lambda *args: (original(*args), said.append(subprocess.run(command, stderr=subprocess.PIPE).stderr)),
+    )  # fmt: skip
+    pretrain(run)
+    assert len(said) == 4
+    assert all(b"BlockingIOError" in error for error in said)
+    assert subprocess.run(command).returncode == 0
 
 
 @pytest.mark.parametrize("best", [0.25, math.inf])

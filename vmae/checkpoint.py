@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -52,12 +52,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: str | Path) -> None:
-    """Raise `ValueError` unless a file can take this place: nothing is there, or a file, and a folder above it."""
+def check_writable(path: str | Path, what: str = "", holds: Callable[[Path], bool] | None = None) -> None:
+    """Raise `ValueError` unless a file can take this place: nothing is there, or a file, and a folder above it.
+
+    With `holds` only a file of which it is true may be there, which holds `what`: an earlier result, say, but neither a
+    model nor somebody's video.
+    """
     path = Path(path)
     if path.exists() and not path.is_file():
         found = "a directory" if path.is_dir() else "a device or pipe"
         raise ValueError(f"{path}: expected a file to write, found {found}")
+    if holds and path.exists() and not holds(path):
+        raise ValueError(f"{path}: expected a new file, or {what} to replace, found another file")
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise ValueError(f"{path}: expected {above} to be a folder, found a file")

@@ -12,13 +12,14 @@ import torch
 import tyro
 
 from vmae import bench, checkpoint, distributed, doctor, planning
+from vmae.dataset import KILLED, tells_of_a_killed_worker
 from vmae.demo import demo
 from vmae.evaluation import table
 from vmae.features import Per, encode_long, encode_video
 from vmae.mae import VideoMAE
 from vmae.mae_evaluation import evaluated_mae, mae_table
 from vmae.optimisation import Precision, device_of, precision_of
-from vmae.page import Masking, page, section
+from vmae.page import Masking, is_page, page, section
 from vmae.pretraining import PretrainRun, cache, pretrain
 from vmae.probe import ProbeRun, probe
 from vmae.probe import table as table_of_probes
@@ -133,7 +134,7 @@ def encode(
     Args:
         video: the video file.
         model: folder of a pretrained model.
-        out: file to write; with --stream a folder.
+        out: file to write, where only features are replaced; with --stream a folder.
         frames: frames of the clip, from the middle of the video; the model's own number if not given.
         size: rows and columns; the model's own if not given.
         stride: take every n-th frame.
@@ -174,7 +175,7 @@ def show(
     Args:
         video: the video file.
         tokenizer: folder of a trained tokenizer.
-        out: HTML file to write.
+        out: HTML file to write, where only such a page is replaced.
         masking: how tokens are masked.
         model: folder of a pretrained model, whose predictions are shown too.
         frames: frames of the clip, from the middle of the video.
@@ -182,7 +183,7 @@ def show(
         device: where to compute.
         precision: of the computation; auto is bf16, but fp32 on CPUs that only emulate bf16.
     """
-    checkpoint.check_writable(out)
+    checkpoint.check_writable(out, "a page", is_page)
     loaded = checkpoint.load(AdaptiveTokenizer, tokenizer, device_of(device))
     mae = None if model is None else checkpoint.load(VideoMAE, model, device_of(device))
     shown = section(video, loaded, title=video.name, frames=frames, size=size, model=mae, precision=precision)
@@ -254,6 +255,8 @@ def bench_(
         seconds: begin no measurement that would end later.
         json_: print json.
     """
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected more than 0, got {seconds:g}")
     cuda = torch.cuda.is_available()
     preset = model if model != "auto" else "base" if cuda else "small"
     step = Step(preset, frames, size, budget, precision=precision_of(precision, device_of("auto")))
@@ -307,10 +310,10 @@ def main() -> None:
         print(f"vmae: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not tells_of_a_killed_worker(error):
             raise
-        # Raised wherever the program happens to be, when a decoding process is killed together with it.
-        print("vmae: error: a decoding process was killed", file=sys.stderr)
+        # Raised wherever the program happens to be when a decoding process is killed.
+        print(f"vmae: error: {KILLED}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
         print(f"\nvmae: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)

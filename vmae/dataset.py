@@ -1,5 +1,6 @@
 """Many clips: the videos of a folder or list, in batches, without those that cannot be used."""
 
+import contextlib
 import copy
 import csv
 import functools
@@ -263,23 +264,40 @@ _OF_THE_RUN = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigtimedwait")
 def decoded(dataset: Dataset, *, workers: int, **order: Any) -> Iterator[Any]:
     """What a `DataLoader` of so many decoding processes gives; `order`: its other arguments.
 
-    Ctrl-C does not reach the processes, and the end of one, which PyTorch reports as a RuntimeError, is an OSError.
+    Ctrl-C does not reach the processes, and the end of one, which PyTorch reports as a RuntimeError, is an OSError;
+    what one of them raises is raised here.
     """
     loader = DataLoader(
         dataset, num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=start_worker, **order
     )
     try:
-        # Blocked already when the processes are born, which are the terminal's until `start_worker` has run.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN)
-        try:
+        with _without_signals() if workers else contextlib.nullcontext():
             items = iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield from items
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        if not (workers and tells_of_a_killed_worker(error)):
             raise
-        raise OSError("a decoding process was killed, perhaps for memory or shared memory; try --workers 0") from error
+        raise OSError(KILLED) from error
+
+
+KILLED = "a decoding process was killed, perhaps for memory or shared memory; try --workers 0"
+
+
+def tells_of_a_killed_worker(error: Exception) -> bool:
+    """Rather than of what a decoding process raised, which PyTorch raises anew."""
+    text = str(error)
+    return "DataLoader worker (pid" in text if isinstance(error, RuntimeError) else not text.startswith("Caught ")
+
+
+@contextlib.contextmanager
+def _without_signals() -> Iterator[None]:
+    """For the birth of processes, which are the terminal's until `start_worker` has run."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN)  # may be interrupted, and has blocked them then
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_worker(_: int) -> None:

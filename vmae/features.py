@@ -46,7 +46,7 @@ def encode_video(
     frames = model.config.frames if frames is None else frames
     size = model.config.size if size is None else size
     check_clip(frames, size)
-    checkpoint.check_writable(out)
+    checkpoint.check_writable(out, "features", _holds_features)
     clip = load_clip(video, frames=frames, size=size, **sampling)
     place = device_of(device)
     features = _encoded(model.to(place), clip.to(place), precision).contiguous()
@@ -61,6 +61,14 @@ def encode_video(
     with checkpoint.replacing(out) as temporary:
         save_file({"features": features}, temporary, metadata=metadata)
     return features.shape
+
+
+def _holds_features(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return "grid" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _encoded(model: VideoMAE, clip: Tensor, precision: str) -> Tensor:
@@ -170,21 +178,20 @@ def encode_long(
     first = TUBELET[0] * clips[done].start if done < len(clips) else 0
     held: list[np.ndarray] = []
     found = pictures(video, numbers[first : total * TUBELET[0]], size)
-    bar = tqdm(clips, desc="encoding", unit="clip", initial=done, disable=not progress, mininterval=1)
-    for number, clip in enumerate(clips[done:], done):
-        begin = TUBELET[0] * clip.start
-        held = held[begin - first :]
-        first = begin
-        held += itertools.islice(found, min(frames, TUBELET[0] * total) - len(held))
-        pixels = torch.from_numpy(np.stack(held)).permute(3, 0, 1, 2)[None].to(place)
-        features = _encoded(model, pixels, precision).unflatten(0, (-1, math.prod(grid[1:])))
-        features = features[clip.first - clip.start : clip.last - clip.start]
-        features = features.flatten(0, 1) if per == "token" else features.mean(1)
-        with checkpoint.replacing(out / SHARD.format(number)) as temporary:
-            save_file({"features": features.contiguous()}, temporary)
-        bar.update()
-        bar.set_postfix_str(f"{memory_gib(place):.2f} GiB")
-    bar.close()
+    with tqdm(total=len(clips), desc="encoding", unit="clip", initial=done, disable=not progress, mininterval=1) as bar:
+        for number, clip in enumerate(clips[done:], done):
+            begin = TUBELET[0] * clip.start
+            held = held[begin - first :]
+            first = begin
+            held += itertools.islice(found, min(frames, TUBELET[0] * total) - len(held))
+            pixels = torch.from_numpy(np.stack(held)).permute(3, 0, 1, 2)[None].to(place)
+            features = _encoded(model, pixels, precision).unflatten(0, (-1, math.prod(grid[1:])))
+            features = features[clip.first - clip.start : clip.last - clip.start]
+            features = features.flatten(0, 1) if per == "token" else features.mean(1)
+            with checkpoint.replacing(out / SHARD.format(number)) as temporary:
+                save_file({"features": features.contiguous()}, temporary)
+            bar.update()
+            bar.set_postfix_str(f"{memory_gib(place):.2f} GiB")
     return shape
 
 

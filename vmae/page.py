@@ -157,10 +157,20 @@ def page(sections: Sequence[Section], masking: Masking, out: str | Path) -> None
         "budget": masking.budget,
         "inferno": _base64((matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).astype(np.uint8)),
     }
-    skeleton = importlib.resources.files("vmae").joinpath("page.html").read_text(encoding="utf-8")
-    text = skeleton.replace("{{TITLE}}", html.escape(", ".join(section.title for section in sections)))
+    text = _skeleton().replace("{{TITLE}}", html.escape(", ".join(section.title for section in sections)))
     # Nothing in it may end the script that it stands in, or begin another.
     checkpoint.write_text(out, text.replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c")))
+
+
+def _skeleton() -> str:
+    return importlib.resources.files("vmae").joinpath("page.html").read_text(encoding="utf-8")
+
+
+def is_page(path: Path) -> bool:
+    """Whether `page` wrote this file."""
+    head = _skeleton().partition("{{TITLE}}")[0].encode()
+    with open(path, "rb") as file:
+        return file.read(len(head)) == head
 
 
 def _facts(section: Section, masking: Masking) -> dict[str, Any]:

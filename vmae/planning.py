@@ -424,21 +424,22 @@ def table(plan: Plan) -> str:
         "",
     ]
     fits = "fits" if plan.needed <= plan.memory else "does NOT fit"
+    flops = costs.flops()
     lines += [
         f"With {FIXED / GIB:.0f} GiB for Python and libraries and {MARGIN:.0%} of the step as a margin: "
         f"{plan.needed / GIB:.2f} GiB, which {fits} into {plan.memory / GIB:.1f} GiB",
         f"  the longest clips that do: {plan.frames:,} frames" if plan.frames else "  no clip is short enough",
         f"  the most clips of this length that do: {plan.batch:,}",
         "",
-        f"Arithmetic of a step: {sum(costs.flops().values()) / 1e12:.2f} TFLOP "
-        f"({', '.join(f'{part} {flops / 1e12:.2f}' for part, flops in costs.flops().items() if flops > 5e9)})",
+        f"Arithmetic of a step: {sum(flops.values()) / 1e12:.3g} TFLOP "
+        f"({', '.join(f'{part} {n / 1e12:.3g}' for part, n in flops.items() if n > sum(flops.values()) / 500)})",
         f"Time of a step on {device.name}: {plan.seconds:.3g} s if every kernel were perfect, that is "
         f"{step.batch / plan.seconds:.3g} clips/s",
         "",
         "How sure: the memory is what the step's own code asks for; on CPUs it was measured to be so within 10 %, and "
         "is not yet measured on a GPU.",
         f"The time is from what the device computes and moves at best ({device.source}): on a CPU steps took 0.9 to "
-        "1.5 times as long; on a GPU, where it is not yet measured, expect more.",
+        "1.6 times as long; on a GPU, where it is not yet measured, expect more.",
     ]
     return "\n".join(textwrap.fill(line, 80) for line in lines)
 

@@ -81,8 +81,9 @@ class PretrainRun:
             )
         if self.strategy == "flow" and not flow_available():
             raise ValueError("strategy: expected OpenCV for flow, run: pip install opencv-python-headless")
-        if self.init is not None and self.init.resolve() == self.out.resolve():
-            raise ValueError(f"init: expected another folder than --out, got {self.init} for both")
+        for name, folder in (("init", self.init), ("tokenizer", self.tokenizer)):
+            if folder is not None and folder.resolve() == self.out.resolve():
+                raise ValueError(f"{name}: expected another folder than --out, got {folder} for both")
         if self.cache and not self.views:
             raise ValueError(
                 "views: expected at least 1 with --cache, which holds so many random views of each video, got 0"

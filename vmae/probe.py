@@ -80,7 +80,14 @@ class ProbeRun:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.out is not None:
-            checkpoint.check_writable(self.out)
+            checkpoint.check_writable(self.out, "scores of a probe", _holds_scores)
+
+
+def _holds_scores(path: Path) -> bool:
+    try:
+        return "scores" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 @dataclass(frozen=True)

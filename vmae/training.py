@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, BinaryIO, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -187,13 +187,14 @@ def fit(task: Task, dataset: ClipDataset, run: Run, extras: Extras | None = None
     )  # fmt: skip
     # Its first batch is there before anything is written, so that videos that cannot be used show.
     loader = Loader(clips, device, workers=run.clips.workers)
+    log = _Log(out / LOG, size)  # from here on the folder is this process's
     if rank == 0:
         _clear(out, first)
         about = {"kind": task.kind, "command": shlex.join(sys.orig_argv), **resume.settings(run, dataset)}
         checkpoint.write_text(out / RUN, json.dumps(about, indent=2) + "\n")
 
     try:
-        with _Log(out / LOG, size) as log, _progress(options.steps, first, out.name) as bar, _Signals() as signals:
+        with log, _progress(options.steps, first, out.name) as bar, _Signals() as signals:
             for step in range(first, options.steps):
                 begin = time.perf_counter()
                 set_learning_rate(optimizer, step, options)
@@ -269,11 +270,17 @@ def _report(out: Path) -> None:
 
 
 class _Log:
-    """A file of json lines, which goes on after its first `size` bytes. Only the first of several processes writes."""
+    """A file of json lines, which goes on after its first `size` bytes. Only the first of several processes writes.
+
+    While it is open, another process that would train in the same folder is refused.
+    """
 
     def __init__(self, path: Path, size: int):
-        self.file = open(path, "a+b") if distributed.world().rank == 0 else None  # noqa: SIM115
-        if self.file:
+        self.file = None
+        if distributed.world().rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "a+b")  # noqa: SIM115
+            _lock(self.file, path.parent)
             self.file.seek(0)
             kept = self.file.read(size)
             if len(kept) < size:
@@ -297,6 +304,18 @@ class _Log:
         if lasting:
             os.fsync(self.file.fileno())
         return self.file.tell()
+
+
+def _lock(file: BinaryIO, folder: Path) -> None:
+    """Until the process ends, however it does, or closes this or any other handle of the file."""
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{folder}: another process is training there; choose another --out") from None
+    except (ImportError, OSError):  # a system or a file system without locks
+        pass
 
 
 class _Signals:
@@ -358,8 +377,8 @@ def _progress(steps: int, done: int, name: str) -> Any:
 def _clear(out: Path, first: int) -> None:
     """Remove what a kill left half written, and before the first step an earlier run: its weights never stand beside
     this one's configuration."""
-    names = (checkpoint.WEIGHTS, checkpoint.CONFIG, LOG, RUN)
-    for left in (path for name in (*names, REPORT, "state-*") for path in out.glob(f".{name}.*.part")):
+    names = (checkpoint.WEIGHTS, checkpoint.CONFIG, RUN, REPORT)
+    for left in (path for name in (*names, "state-*") for path in out.glob(f".{name}.*.part")):
         left.unlink()
     samples = out / SAMPLES
     for left in samples.glob(".*.part"):
@@ -368,5 +387,5 @@ def _clear(out: Path, first: int) -> None:
         later.unlink()
     if not first:
         checkpoint.clear_states(out)
-        for name in (*names, REPORT):
+        for name in names:
             (out / name).unlink(missing_ok=True)
