@@ -102,7 +102,7 @@ class ClipDataset(Dataset):
         augmentation.check()
         if views < 0:
             raise ValueError(f"views: expected at least 0, got {views}")
-        self.entries = read_entries(source)
+        self.source, self.entries = source, read_entries(source)
         self.views, self.seed = views, seed
         self.sampling: dict[str, Any] = {
             "frames": frames,
@@ -150,7 +150,7 @@ def check_usable(dataset: ClipDataset) -> None:
             return
         except VideoError as error:
             last = error
-    raise VideoError(f"none of {len(dataset)} videos could be used; the last one: {last}")
+    raise VideoError(f"{dataset.source}: none of {len(dataset)} videos could be used; the last one: {last}")
 
 
 class Batch(NamedTuple):
@@ -216,7 +216,7 @@ class _Slots(Dataset):
                 skipped.append(str(error))
             except (ValueError, OSError) as error:  # a damaged cache
                 return error
-        return VideoError(f"none of {len(skipped)} videos could be used; the last one: {skipped[-1]}")
+        return VideoError(f"{dataset.source}: none of {len(skipped)} videos could be used; the last one: {skipped[-1]}")
 
     def _candidates(self, slot: int) -> Iterator[int]:
         """The entry whose turn it is, then others in an order of the slot's own."""
