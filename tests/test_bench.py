@@ -140,7 +140,8 @@ def test_command(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("bench --model tiny --frames 16 --size 64 --seconds 0", "seconds: expected enough for one measurement, got 0"),
+        ("bench --model tiny --frames 16 --size 64 --seconds 1", "seconds: expected enough for one measurement, got 1"),
+        ("bench --model tiny --frames 16 --size 64 --seconds 0", "seconds: expected more than 0, got 0"),
         ("bench --frames 3", "frames: expected a positive multiple of 2, got 3"),
         ("plan --memory much", "memory: expected an amount like 80GB or 24GiB, got 'much'"),
         ("plan --budget 2", "budget: expected a number from 0 to 1, got 2.0"),
