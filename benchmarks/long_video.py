@@ -66,7 +66,7 @@ def main() -> None:
         checkpoint.save(VideoMAE(VideoMAEConfig.tiny(size=args.size)), folder / "model")
         command = ["encode", "long.mp4", "--model", "model", "--out", "features", "--stream", "--fps", str(args.fps)]
         begin, points = time.perf_counter(), []
-        process = subprocess.Popen([sys.executable, "-m", "vmae.cli", *command], cwd=folder)
+        process = subprocess.Popen([sys.executable, "-m", "vmae", *command], cwd=folder)
         while process.poll() is None:
             points.append((round(time.perf_counter() - begin, 1), resident_of(process.pid)))
             time.sleep(2)

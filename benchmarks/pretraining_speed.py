@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def vmae(*command: str) -> None:
-    subprocess.run([sys.executable, "-m", "vmae.cli", *command], check=True)
+    subprocess.run([sys.executable, "-m", "vmae", *command], check=True)
 
 
 def demo_list(folder: Path) -> Path:

@@ -29,7 +29,7 @@ def commands(video_folder, tokenizer_dir) -> dict[str, list[str]]:
 
 def start(command: list[str], out: Path, *more: str, processes: int) -> subprocess.CompletedProcess:
     launcher = TORCHRUN if processes == 2 else []
-    arguments = [sys.executable, *launcher, "-m", "vmae.cli", *command, "--out", str(out), *more]
+    arguments = [sys.executable, *launcher, "-m", "vmae", *command, "--out", str(out), *more]
     return subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -300,7 +300,7 @@ def test_damaged_features_are_named(model, video, tmp_path):
 
 def test_command(model, video, tmp_path):
     checkpoint.save(model, tmp_path / "model")
-    command = [sys.executable, "-m", "vmae.cli", "encode", str(video), "--model", str(tmp_path / "model")]
+    command = [sys.executable, "-m", "vmae", "encode", str(video), "--model", str(tmp_path / "model")]
     command += ["--precision", "fp32"]
     done = subprocess.run(
         [*command, "--out", tmp_path / "f", "--stream", "--per", "frame"], capture_output=True, text=True

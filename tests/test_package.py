@@ -37,7 +37,7 @@ def test_wheel_holds_both_packages_and_the_command(wheel, tmp_path):
         assert f"vmae_kernels/{module.name}" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "kernels"))]
     entry = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "vmae = vmae.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    assert "vmae = vmae.__main__:main" in zipfile.ZipFile(wheel).read(entry).decode()
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = """
         import torch, vmae, vmae_kernels
@@ -55,6 +55,24 @@ def test_the_command_starts_without_what_few_of_its_parts_need():
     loaded = set(run("import sys, vmae.cli; print(*sys.modules)").split())
     assert {"tyro", "vmae.page", "vmae.probe"} <= loaded
     assert not {"matplotlib", "sklearn", "torch.distributed.tensor", "torch._dynamo"} & loaded
+
+
+def test_ctrl_c_while_the_command_still_imports_is_no_traceback():
+    code = """
+        import sys
+
+        class Interrupting:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    raise KeyboardInterrupt
+
+        sys.meta_path.insert(0, Interrupting())
+        from vmae.__main__ import main
+
+        main()
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "\nvmae: interrupted\n")
 
 
 def test_one_thread_makes_the_first_call_to_mkls_vector_mathematics():

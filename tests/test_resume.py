@@ -43,7 +43,7 @@ def commands(video_folder, tokenizer_dir) -> dict[str, list[str]]:
 
 def start(command: list[str], out: Path, *more: str, **options) -> subprocess.Popen:
     """With two threads, whose turns must not show in the bits."""
-    arguments = [sys.executable, "-m", "vmae.cli", *command, "--out", str(out), *more]
+    arguments = [sys.executable, "-m", "vmae", *command, "--out", str(out), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(arguments, env=environment, **pipes, **options)

@@ -290,6 +290,13 @@ def test_wrong_options_are_refused(options, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_does_not_go_among_the_videos(video_folder):
+    before = sorted(video_folder.iterdir())
+    with pytest.raises(ValueError, match="out: expected another folder than the videos'"):
+        train_tokenizer(tokenizer_run(video_folder, video_folder / "."))
+    assert sorted(video_folder.iterdir()) == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_device_is_named(moving_square, tmp_path):
     with pytest.raises(ValueError, match="sees no CUDA device"):
@@ -297,7 +304,7 @@ def test_a_missing_device_is_named(moving_square, tmp_path):
 
 
 def start_training(data: Path, out: Path, **environment) -> subprocess.Popen:
-    command = [sys.executable, "-m", "vmae.cli", "tokenizer", "--data", data, "--out", out, "--model", "tiny"]
+    command = [sys.executable, "-m", "vmae", "tokenizer", "--data", data, "--out", out, "--model", "tiny"]
     options = ["--frames", "8", "--size", "32", "--workers", "0", "--steps", "100000", "--save-every", "1"]
     return subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
 

@@ -192,7 +192,7 @@ def test_watch_ends_with_the_run(tmp_path, capsys, monkeypatch):
 def test_mistakes(tmp_path, arguments, message):
     run_of(tmp_path / "run", 3, 3)
     done = subprocess.run(
-        [sys.executable, "-m", "vmae.cli", "watch", *arguments], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "vmae", "watch", *arguments], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 1
     assert message in done.stderr

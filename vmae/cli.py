@@ -318,7 +318,3 @@ def main() -> None:
     except KeyboardInterrupt as interrupt:
         print(f"\nvmae: interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

@@ -85,6 +85,8 @@ def check_run(run: Run) -> None:
     run.clips.check()
     run.optimisation.check()
     checkpoint.check_writable(run.out / RUN)
+    if run.out.resolve() == run.data.resolve():
+        raise ValueError(f"out: expected another folder than the videos', got {run.out} for both")
     if run.overwrite and run.resume:
         raise ValueError("resume: expected without --overwrite, which replaces the run that would go on")
     if run.optimisation.batch_size % (processes := distributed.world().size):
