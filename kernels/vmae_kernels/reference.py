@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv3d_input, conv3d_weight
+from torch.nn.grad import conv2d_input, conv2d_weight, conv3d_input, conv3d_weight
 
 from ._library import ops
 from .philox import normals_of_blocks
@@ -491,12 +491,47 @@ def _with_past(x: Tensor, cache: Tensor | None, past: int) -> Tensor:
     return torch.cat((cache, x), dim=2)
 
 
+def _as_images(x: Tensor, size: Sequence[int], kernel: Sequence[int]) -> bool:
+    """Whether to convolve a clip of this size in two dimensions: results as a batch, the kernel's frames as channels.
+
+    PyTorch gives 3D convolutions of one clip to oneDNN only above 20480 (channels x frames x rows) or with kernels
+    above 3 (`ConvParams::use_mkldnn`); its own are up to ten times slower. In two dimensions oneDNN takes them.
+    """
+    b, c, t, h, _ = size
+    slow = b == 1 and c * t * h <= 20480 and min(kernel[1:]) <= 3 and max(kernel) > 1
+    return slow and x.is_cpu and x.dtype == torch.float32
+
+
+def _flat_format(layout: torch.memory_format) -> torch.memory_format:
+    return torch.channels_last if layout == torch.channels_last_3d else torch.contiguous_format
+
+
+def _frames_first(x: Tensor, layout: torch.memory_format) -> Tensor:
+    return x[0].transpose(0, 1).contiguous(memory_format=_flat_format(layout))  # [1, C, T, H, W] -> [T, C, H, W]
+
+
+def _windows(whole: Tensor, frames: int, stride: int) -> Tensor:
+    """[1, C, T, H, W] -> [T', frames * C, H, W]: what each result sees."""
+    windows = whole[0].unfold(1, frames, stride)  # [C, T', H, W, frames]
+    if memory_format(whole) == torch.channels_last_3d:
+        return windows.permute(1, 2, 3, 4, 0).flatten(3).permute(0, 3, 1, 2)
+    return windows.permute(1, 4, 0, 2, 3).flatten(1, 2)
+
+
+def _flat_weight(weight: Tensor, layout: torch.memory_format) -> Tensor:
+    return weight.transpose(1, 2).flatten(1, 2).contiguous(memory_format=_flat_format(layout))  # [O, kt * C, kh, kw]
+
+
 def causal_conv3d(
     x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, stride: Sequence[int], silu: bool
 ) -> Tensor:
     layout, results, past = memory_format(x), x.shape[2] // stride[0], weight.shape[2] - stride[0]
     padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
-    if cache is None and results >= 8 * (past // stride[0]):
+    if _as_images(x, x.shape, weight.shape[2:]):
+        windows = _windows(_with_past(x, cache, past), weight.shape[2], stride[0])
+        y = F.conv2d(windows, _flat_weight(weight, layout), bias, tuple(stride[1:]), padding[1:])
+        y = y.permute(0, 2, 3, 1)[None].permute(0, 4, 1, 2, 3)  # the batch's stride is then that of the format
+    elif cache is None and results >= 8 * (past // stride[0]):
         # PyTorch pads both ends of time. The outputs after the last are dropped, which from some frames on takes less
         # time and memory than a padded copy of the input.
         y = F.conv3d(x, weight, bias, tuple(stride), (past, *padding[1:]))[:, :, :results]
@@ -512,7 +547,15 @@ def causal_conv3d_input_gradient(
     before = weight.shape[2] - stride[0]
     shape = (dy.shape[0], weight.shape[1], before + size[0], *size[1:])
     padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
-    full = conv3d_input(shape, weight, dy, tuple(stride), padding)
+    if _as_images(dy, (*shape[:2], *size), weight.shape[2:]):
+        kt, results = weight.shape[2], dy.shape[2]
+        flat, flat_weight = (results, kt * shape[1], *size[1:]), _flat_weight(weight, layout)
+        windows = conv2d_input(flat, flat_weight, _frames_first(dy, layout), tuple(stride[1:]), padding[1:])
+        full = torch.empty(shape, dtype=dy.dtype, memory_format=layout).zero_()
+        for i, frame in enumerate(windows.unflatten(1, (kt, shape[1])).unbind(1)):
+            full[0, :, i : i + stride[0] * results : stride[0]] += frame.transpose(0, 1)
+    else:
+        full = conv3d_input(shape, weight, dy, tuple(stride), padding)
     cut = before if past else 0
     return full[:, :, before:].contiguous(memory_format=layout), full[:, :, :cut].clone(memory_format=layout)
 
@@ -521,12 +564,17 @@ def causal_conv3d_weight_gradient(
     x: Tensor, cache: Tensor | None, dy: Tensor, kernel: Sequence[int], stride: Sequence[int]
 ) -> Tensor:
     whole = _with_past(x, cache, kernel[0] - stride[0])
+    shape, padding = (dy.shape[1], x.shape[1], *kernel), (0, kernel[1] // 2, kernel[2] // 2)
+    if _as_images(x, x.shape, kernel):
+        flat = (shape[0], kernel[0] * shape[1], *kernel[1:])
+        windows, frames = _windows(whole, kernel[0], stride[0]), _frames_first(dy, memory_format(x))
+        dweight = conv2d_weight(windows, flat, frames, tuple(stride[1:]), padding[1:])
+        return dweight.unflatten(1, (kernel[0], shape[1])).transpose(1, 2).contiguous()
     avx2 = x.is_cpu and x.dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2"
     if avx2 and min(x.shape[1], dy.shape[1]) >= 32:
         # There this gradient alone is up to twice as fast in the default format, both copies included; with fewer
         # channels up to four times slower.
         whole, dy = whole.contiguous(), dy.contiguous()
-    shape, padding = (dy.shape[1], x.shape[1], *kernel), (0, kernel[1] // 2, kernel[2] // 2)
     return conv3d_weight(whole, shape, dy, tuple(stride), padding).contiguous()
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmae_kernels import causal_conv3d, topk
+from vmae_kernels import causal_conv3d, reference, topk
 
 LAST = torch.channels_last_3d
 
@@ -182,6 +182,53 @@ def test_gradients(kernel, stride, with_cache, memory_format):
     got, truth = (torch.autograd.grad(out, tensors, grad, materialize_grads=True) for out in (y, wanted))
     for ours, theirs in zip(got, truth, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize("with_cache", [False, True])
+@pytest.mark.parametrize("t", [1, 2, 7])
+@pytest.mark.parametrize(
+    ("kernel", "st"), [((3, 3, 3), 1), ((2, 2, 3), 2), ((3, 3, 2), 2), ((1, 3, 3), 1), ((4, 1, 1), 1)]
+)
+def test_one_small_clip(kernel, st, t, with_cache, memory_format):
+    """In float32 a CPU convolves it in two dimensions."""
+    x, weight, bias = case(kernel, b=1, t=st * t)
+    cache = rand(1, 3, kernel[0] - st, 7, 6, seed=3) if with_cache else None
+    assert reference._as_images(x, x.shape, kernel)
+    tensors = [x.contiguous(memory_format=memory_format), weight, bias, *([cache] if with_cache else [])]
+    exact = [tensor.double().requires_grad_() for tensor in tensors]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    stride = (st, 2, 1)
+    y = causal_conv3d(*tensors[:3], stride=stride, cache=tensors[3] if with_cache else None)
+    wanted = oracle(*exact[:3], stride, exact[3] if with_cache else None)
+    grad = rand(*y.shape, seed=4)
+    got = torch.autograd.grad(y, tensors, grad, materialize_grads=True)
+    truth = torch.autograd.grad(wanted, exact, grad.double(), materialize_grads=True)
+    for ours, theirs in zip((y, *got), (wanted, *truth), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
+    for ours in (y, got[0]):
+        assert ours.is_contiguous(memory_format=memory_format)
+        assert ours.stride(0) >= ours[0].numel()  # else PyTorch's next operation does not see channels_last_3d
+
+
+def test_small_clips_are_those_that_pytorch_convolves_itself():
+    """By PyTorch's own choice: what is not convolved in two dimensions goes to oneDNN, or is a product of matrices."""
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for i in range(300):
+        b, c, t, h, w = (int(2 ** (torch.rand(1, generator=generator) * n)) for n in (2, 8, 6, 9, 9))
+        kernel = torch.randint(1, 6, (3,), generator=generator).tolist() if i % 10 else [1, 1, 1]
+        if torch.get_num_threads() == 1 and max(kernel[1:]) == 1:
+            continue  # one thread multiplies matrices itself
+        if h + 2 * (kernel[1] // 2) < kernel[1] or w + 2 * (kernel[2] // 2) < kernel[2]:
+            continue
+        x, weight = torch.empty(1).expand(b, c, t, h, w), torch.empty(1).expand(2, c, *kernel)
+        rest = ([1, 1, 1], [kernel[0] - 1, kernel[1] // 2, kernel[2] // 2], [1, 1, 1], False, [0, 0, 0], 1)
+        backend = torch._C._select_conv_backend(x, weight, None, *rest)
+        own = backend == torch._C._ConvBackend.Slow3d and max(kernel) > 1
+        assert reference._as_images(x, x.shape, kernel) == own, (x.shape, kernel, backend)
+        seen.add(own)
+    assert seen == {False, True}
 
 
 def test_gradients_through_the_returned_cache():
