@@ -268,7 +268,8 @@ def causal_conv3d(
     (tf32 or not as `torch.backends.cudnn.conv.fp32_precision` says, as in PyTorch's own convolutions), and on CPUs with
     Intel AMX for bfloat16, where denormal numbers count as zeros. They work in channels_last_3d; other formats are
     copied into it and back. Elsewhere PyTorch convolves, and where it is faster the frames before x are concatenated
-    with it. Space is not copied anywhere. VMAE_KERNELS=csrc insists on the extension, torch on PyTorch.
+    with it; one small clip in float32 on a CPU is copied kt / st times, for a convolution in two dimensions. Space is
+    not padded in a copy anywhere. VMAE_KERNELS=csrc insists on the extension, torch on PyTorch.
 
     Workspace: the weight's gradient on CUDA takes 264 tiles of 128 x 128 fp32 sums, 17 MiB, or the weight's size in
     fp32, whichever is more.
