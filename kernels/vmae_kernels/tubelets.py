@@ -30,7 +30,7 @@ def _tubelets_kernel(
     b, o_row = row_of_program(k, ROWS)
     m_row = o_row < k
     index = tl.load(p_indices + b * stride_ib + o_row.to(tl.int64) * stride_ik, mask=m_row, other=0).to(tl.int64)
-    index = tl.minimum(tl.maximum(index, 0), grid_t.to(tl.int64) * grid_h * grid_w - 1)
+    index = tl.minimum(tl.maximum(index, 0), tl.cast(grid_t, tl.int64) * grid_h * grid_w - 1)
     t, h, w = index // (grid_h * grid_w), index // grid_w % grid_h, index % grid_w
     corner = t * T * stride_vt + h * H * stride_vh + w * W * stride_vw
     p_from = p_video + b * stride_vb + corner[:, None]

@@ -221,6 +221,11 @@ def _instruction(text: str) -> Instruction:
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
+def aligned(addresses: Array, size: int) -> None:
+    if (addresses % np.asarray(size, addresses.dtype)).any():
+        raise Fault(f"an address that is no multiple of {size}")
+
+
 class Region:
     """Bytes that blocks share, and which of them have read and written each."""
 
@@ -305,6 +310,11 @@ class Machine:
         self.code: dict[tuple[int, int], list] = {}
         self.executed = 0
 
+    def program(self, ptx: str, name: str | None = None) -> Program:
+        if (ptx, name) not in self.programs:
+            self.programs[ptx, name] = parsed(ptx, name)
+        return self.programs[ptx, name]
+
     def launch(
         self,
         ptx: str,
@@ -317,9 +327,7 @@ class Machine:
         name: str | None = None,
     ) -> None:
         """Run a kernel: `arguments` as bytes by parameter, or all of them; `memory` as address, bytes, name."""
-        program = self.programs.get((ptx, name))
-        if program is None:
-            program = self.programs[ptx, name] = parsed(ptx, name)
+        program = self.program(ptx, name)
         if not isinstance(arguments, bytes):
             whole = bytearray(max((begin + size for begin, size in program.parameters.values()), default=0))
             for (begin, size), value in zip(program.parameters.values(), arguments, strict=True):
@@ -372,7 +380,6 @@ class Block:
         self.products: list[Array] = []  # bytes that each open group of asynchronous products reads
         self.open: list[Array] = []
         self.executed = 0
-        self.last: Region | None = None
 
     def put(self, register: int, value: Array, mask: Array) -> None:
         registers = self.registers
@@ -453,47 +460,73 @@ class Block:
 
     # --- memory --------------------------------------------------------------------------------------------------
 
-    def region(self, addresses: Array, size: int) -> Region:
-        """The one that holds all of these."""
-        for region in ([self.last] if self.last else []) + self.regions:
+    def parts(self, addresses: Array, size: int) -> list[tuple[Region, Any]]:
+        """The regions that hold these, each with which of them it holds; all of them, or `Fault`."""
+        found, left = [], np.ones(addresses.shape, np.bool_)
+        for region in self.regions:
             low, high = int(addresses.min()) - region.start, int(addresses.max()) - region.start
             if low >= 0 and high + size <= len(region.data):
-                self.last = region
-                return region
-        inside = np.zeros(addresses.shape, np.bool_)
-        for region in self.regions:
+                return [(region, slice(None))]
             offset = addresses.astype(np.int64) - region.start
-            inside |= (offset >= 0) & (offset + size <= len(region.data))
-        if inside.all():
-            raise Unknown("one instruction that touches several tensors")
-        outside = int(addresses[~inside][0])
-        nearest = min(self.regions, key=lambda region: abs(outside - region.start))
-        raise Fault(
-            f"address outside every tensor: byte {outside - nearest.start} of {nearest.name}, {len(nearest.data)} bytes"
-        )
+            inside = (offset >= 0) & (offset + size <= len(region.data)) & left
+            if inside.any():
+                found.append((region, inside))
+                left &= ~inside
+        if left.any():
+            outside = int(addresses[left][0])
+            nearest = min(self.regions, key=lambda region: abs(outside - region.start))
+            raise Fault(
+                f"address outside every tensor: byte {outside - nearest.start} of {nearest.name}, which has "
+                f"{len(nearest.data)}"
+            )
+        return found
 
-    def aligned(self, addresses: Array, size: int) -> None:
-        if (addresses % np.asarray(size, addresses.dtype)).any():
-            raise Fault(f"an address that is no multiple of {size}")
-
-    def access(self, space: str, addresses: Array, mask: Array, element: int, count: int, write: bool):
-        """Where elements [threads][count] lie: a view of them, and places [count] in it."""
+    def in_global(self, addresses: Array, element: int, count: int, write: bool) -> list[tuple[Array, Array, Any]]:
+        """Where elements [threads, count] lie: a view, the first element's place in it, and for which threads."""
         total = element * count
-        self.aligned(addresses, total)
-        if space == "global":
-            region = self.region(addresses, total)
-            offset = addresses.astype(np.int64) - region.start
-            views, touched = region.views[element], offset[:, None] + np.arange(total)
+        aligned(addresses, total)
+        found = []
+        for region, which in self.parts(addresses, total):
+            offset = addresses[which].astype(np.int64) - region.start
+            touched = offset[:, None] + np.arange(total)
             bad = region.touch(touched, self.number, write)
             if bad.any():
                 raise Fault(f"race: another block has touched byte {touched[bad][0]} of {region.name}")
+            found.append((region.views[element], offset // element, which))
+        return found
+
+    def in_shared(self, addresses: Array, threads: Array, size: int, write: bool) -> Array:
+        """Their places, noted as touched."""
+        places = addresses.astype(np.int64)
+        aligned(places, size)
+        if (places < 0).any() or (places + size > len(self.shared.data)).any():
+            raise Fault(f"bytes {places.min()} to {places.max() + size - 1} of shared memory, which has "
+                        f"{len(self.shared.data)}")  # fmt: skip
+        self.shared.touch(places[:, None] + np.arange(size), threads, write)
+        return places
+
+    def load(self, space: str, addresses: Array, threads: Array, element: int, count: int) -> Array:
+        """Elements [threads, count], as unsigned integers."""
+        out = np.empty((len(addresses), count), UNSIGNED[element])
+        if space == "shared":
+            first = self.in_shared(addresses, threads, element * count, False) // element
+            return self.shared.views[element][first[:, None] + np.arange(count)]
+        for view, first, which in self.in_global(addresses, element, count, False):
+            out[which] = view[first[:, None] + np.arange(count)]
+        return out
+
+    def store(self, space: str, addresses: Array, threads: Array, values: Array) -> None:
+        element, count = values.itemsize, values.shape[1]
+        if space == "shared":
+            first = self.in_shared(addresses, threads, element * count, True) // element
+            targets = [(self.shared.views[element], first, slice(None))]
         else:
-            offset = addresses.astype(np.int64)
-            if (offset < 0).any() or (offset + total > len(self.shared.data)).any():
-                raise Fault(f"byte {int(offset.max())} of shared memory, which has {len(self.shared.data)}")
-            self.shared.touch(offset[:, None] + np.arange(total), self.active(mask), write)
-            views = self.shared.views[element]
-        return views, [offset // element + i for i in range(count)]
+            targets = self.in_global(addresses, element, count, True)
+        for view, first, which in targets:
+            places = first[:, None] + np.arange(count)
+            view[places] = values[which]
+            if (view[places] != values[which]).any():
+                raise Fault("race: threads write different values to one place")
 
     def complete(self, which: Array) -> None:
         """Carry out the copies of those threads: `which` [threads] counts the groups that may remain, or -1."""
@@ -511,12 +544,8 @@ class Block:
                 for size in np.unique(copy["bytes"][due]):
                     some = copy["bytes"][due] == size
                     if size:
-                        address = copy["address"][due][some]
-                        region = self.region(address, int(size))
-                        source = (address.astype(np.int64) - region.start)[:, None] + np.arange(size)
-                        if region.touch(source, self.number, False).any():
-                            raise Fault(f"race: another block has written what is copied from {region.name}")
-                        self.shared.data[shared[some][:, None] + np.arange(size)] = region.data[source]
+                        value = self.load("global", copy["address"][due][some], thread[some], 1, int(size))
+                        self.shared.data[shared[some][:, None] + np.arange(size)] = value
             if not due.all():
                 left.append({k: v if k == "size" else v[~due] for k, v in copy.items()})
         self.copies = left
@@ -597,6 +626,8 @@ class _Compiler:
         return lambda block: value
 
     def address_of(self, name: str) -> int:
+        if name in self.program.parameters:
+            return self.program.parameters[name][0]
         for known in (self.program.shared, self.program.local, self.symbols):
             if name in known:
                 return known[name]
@@ -695,9 +726,7 @@ class _Compiler:
         return self.apply(to, kind, lambda x: x, self.source(of, kind))
 
     def _cvta(self, parts: list[str], operands: list[str]) -> Step:
-        if "global" not in parts and "local" not in parts:
-            raise Unknown(".".join(parts))
-        return self._mov(parts, operands)
+        return self._mov(parts, operands)  # generic addresses are used where the space is known again
 
     def _cvt(self, parts: list[str], operands: list[str]) -> Step:
         to, of = parts[-2:]
@@ -1059,17 +1088,16 @@ class _Compiler:
         writes = [self.result(name, bits) for name in self.vector(operands[0])]
         if len(writes) != count:
             raise Unknown(f"{'.'.join(parts)} {operands}")
+        address = self.address(operands[1])
         if space == "param":
-            name, _, offset = operands[1].strip("[] ").partition("+")
-            begin = self.program.parameters[name.strip()][0] + int(offset or 0)
 
             def load_parameter(block: Block, mask: Array) -> None:
+                places = address(block).astype(np.int64)[:, None] + np.arange(size)
                 for i, write in enumerate(writes):
-                    value = block.parameters[begin + i * size : begin + (i + 1) * size].view(NUMBERS[bits])
-                    write(block, np.full(block.threads, value[0]), mask)
+                    value = np.ascontiguousarray(block.parameters[places + i * size]).view(NUMBERS[bits])[:, 0]
+                    write(block, value, mask)
 
             return load_parameter
-        address = self.address(operands[1])
         if space == "local":
 
             def load_local(block: Block, mask: Array) -> None:
@@ -1084,17 +1112,12 @@ class _Compiler:
             space = "global"
 
         def load(block: Block, mask: Array) -> None:
-            where = address(block)
-            if mask is not None:
-                where = where[mask]
-            view, places = block.access(space, where, mask, size, count, False)
-            for place, write in zip(places, writes, strict=True):
-                value = view[place]
-                if mask is not None:
-                    whole = np.zeros(block.threads, view.dtype)
-                    whole[mask] = value
-                    value = whole
-                write(block, value.view(NUMBERS[bits]), mask)
+            some = block.active(mask)
+            values = block.load(space, address(block)[some], some, size, count)
+            for i, write in enumerate(writes):
+                whole = np.zeros(block.threads, values.dtype)
+                whole[some] = values[:, i]
+                write(block, whole.view(NUMBERS[bits]), mask)
 
         return load
 
@@ -1118,16 +1141,9 @@ class _Compiler:
             return store_local
 
         def store(block: Block, mask: Array) -> None:
-            where = address(block)
-            if mask is not None:
-                where = where[mask]
-            view, places = block.access(space, where, mask, size, len(sources), True)
-            for place, source in zip(places, sources, strict=True):
-                value = source(block)
-                value = value if mask is None else value[mask]
-                view[place] = value
-                if (view[place] != value).any():
-                    raise Fault("race: threads write different values to one place")
+            some = block.active(mask)
+            values = np.stack([source(block)[some] for source in sources], 1)
+            block.store(space, address(block)[some], some, values)
 
         return store
 
@@ -1140,10 +1156,10 @@ class _Compiler:
         def step(block: Block, mask: Array) -> None:
             some = block.active(mask)
             where = address(block)[some]
-            block.aligned(where, size)
-            region = block.region(where, size)  # in any order: no block needs another's
-            view = region.views[size].view(NUMBERS[kind])
-            np.add.at(view, (where.astype(np.int64) - region.start) // size, source(block)[some])
+            aligned(where, size)
+            for region, which in block.parts(where, size):  # in any order: no block needs another's
+                view = region.views[size].view(NUMBERS[kind])
+                np.add.at(view, (where[which].astype(np.int64) - region.start) // size, source(block)[some][which])
 
         return step
 
@@ -1186,15 +1202,11 @@ class _Compiler:
             some = block.active(mask)
             shared, address = to(block).astype(np.int64)[some], of(block)[some]
             taken = np.full(len(some), size) if given is None else np.minimum(given(block)[some], size).astype(np.int64)
-            block.aligned(shared, size)
-            block.aligned(address[taken > 0], size)
-            if (shared < 0).any() or (shared + size > len(block.shared.data)).any():
-                raise Fault(f"byte {int(shared.max())} of shared memory, which has {len(block.shared.data)}")
+            aligned(address[taken > 0], size)
             if (taken > 0).any():
-                block.region(address[taken > 0], size)
-            places = shared[:, None] + np.arange(size)
-            block.shared.touch(places, some, True)
-            np.add.at(block.shared.flying, places, 1)
+                block.parts(address[taken > 0], size)
+            block.in_shared(shared, some, size, True)
+            np.add.at(block.shared.flying, shared[:, None] + np.arange(size), 1)
             block.copies.append({"thread": some, "shared": shared, "address": address, "bytes": taken, "size": size,
                                  "group": block.committed[some]})  # fmt: skip
 
@@ -1297,11 +1309,7 @@ class _Compiler:
         them."""
         some = block.active(mask)
         named = some.reshape(-1, LANES)[:, : 8 * count]
-        rows = address(block).astype(np.int64)[named]
-        block.aligned(rows, 16)
-        if (rows < 0).any() or (rows + 16 > len(block.shared.data)).any():
-            raise Fault(f"byte {int(rows.max())} of shared memory, which has {len(block.shared.data)}")
-        block.shared.touch(rows.reshape(-1, 1) + np.arange(16), named.reshape(-1), write)
+        rows = block.in_shared(address(block)[named].reshape(-1), named.reshape(-1), 16, write)
         return rows.reshape(-1, count, 8)
 
     def _stmatrix(self, parts: list[str], operands: list[str]) -> Step:
