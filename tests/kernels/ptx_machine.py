@@ -15,7 +15,7 @@ warp go in step, those behind first, so that they meet again after a branch.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,6 +218,13 @@ def _instruction(text: str) -> Instruction:
     return Instruction(text, found[3].split("."), operands, (found[2], found[1] == "!") if found[2] else None)
 
 
+def waits(ptx: str) -> Iterator[str]:
+    """The code without one of its barriers or waits, for each of them: to see whether that is noticed."""
+    wait = r"\b(bar\.sync|barrier\.sync|cp\.async\.wait_(group|all)|wgmma\.wait_group)\b[^;]*;"
+    for found in re.finditer(wait, ptx):
+        yield ptx[: found.start()] + ptx[found.end() :]
+
+
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
@@ -377,8 +384,10 @@ class Block:
         self.alive = np.ones(self.threads, np.bool_)
         self.copies: list[dict] = []
         self.committed = np.zeros(self.threads, np.int64)
-        self.products: list[Array] = []  # bytes that each open group of asynchronous products reads
-        self.open: list[Array] = []
+        # Of each group of asynchronous products under way, and of those in none yet: bytes read, registers written.
+        self.products: list[list[tuple[list[Array], set[int]]]] = []
+        self.open: list[tuple[list[Array], set[int]]] = []
+        self.busy: set[int] = set()
         self.executed = 0
 
     def put(self, register: int, value: Array, mask: Array) -> None:
@@ -405,7 +414,7 @@ class Block:
             mask = groups.pop(pc)
             whole = bool(mask.all())
             while True:
-                kind, step, guard, negated, instruction = code[pc]
+                kind, step, guard, negated, touched, instruction = code[pc]
                 self.executed += 1
                 now = None if whole else mask
                 if guard is not None:
@@ -418,6 +427,8 @@ class Block:
                 pc += 1
                 if now is not False:
                     try:
+                        if self.busy and not self.busy.isdisjoint(touched):
+                            raise Fault("a register that an asynchronous product has yet to write")
                         if kind is None:
                             step(self, now)
                         elif kind == "branch":
@@ -567,7 +578,11 @@ class _Compiler:
         for instruction in self.program.instructions:
             guard, negated = instruction.guard or (None, False)
             kind, step = self.step(instruction)
-            made.append((kind, step, None if guard is None else self.numbers[guard], negated, instruction.text))
+            names = re.findall(r"%[\w$]+", " ".join(instruction.operands))
+            touched = frozenset(self.numbers[name] for name in names if name in self.numbers)
+            asynchronous = instruction.parts[0] == "wgmma"
+            number = None if guard is None else self.numbers[guard]
+            made.append((kind, step, number, negated, frozenset() if asynchronous else touched, instruction.text))
         return made
 
     def step(self, instruction: Instruction) -> tuple[str | None, Any]:
@@ -1362,8 +1377,11 @@ class _Compiler:
                 if parts[1] == "wait_group":
                     remain = int(operands[0])
                     while len(block.products) > remain:
-                        for places in block.products.pop(0):
-                            np.subtract.at(block.shared.watched, places, 1)
+                        for read, _ in block.products.pop(0):
+                            for places in read:
+                                np.subtract.at(block.shared.watched, places, 1)
+                    left = [*block.open, *(product for group in block.products for product in group)]
+                    block.busy = set().union(*(written for _, written in left))
 
             return group
         shape = next(x for x in parts if re.fullmatch(r"m\d+n\d+k\d+", x))
@@ -1385,16 +1403,20 @@ class _Compiler:
             if mask is not None and not (mask.reshape(-1, 128).all(1) | ~mask.reshape(-1, 128).any(1)).all():
                 raise Fault("not all threads of a warp group are here")
             some = block.active(mask).reshape(-1, 128)
+            read: list[Array] = []
             totals = np.zeros((block.threads // 32, 16, n))
             rows = None if not in_registers else fragment_a([x(block) for x in a], of, k).astype(np.float64)
             for threads in some:
-                right = self._described(block, int(b(block)[threads[0]]), n, k, of, turned_b, threads)
+                right = self._described(block, int(b(block)[threads[0]]), n, k, of, turned_b, threads, read)
                 if rows is None:
-                    left = self._described(block, int(a(block)[threads[0]]), 64, k, of, turned_a, threads)
+                    left = self._described(block, int(a(block)[threads[0]]), 64, k, of, turned_a, threads, read)
                     left = left.reshape(4, 16, k)
                 else:
                     left = rows[threads[0] // 32 : threads[0] // 32 + 4]
                 totals[threads[0] // 32 : threads[0] // 32 + 4] = left @ right.T
+            registers = {self.numbers[x] for x in out}
+            block.open.append((read, registers))
+            block.busy = block.busy | registers
             keep = scaled(block)
             for j in range(n // 8):
                 for i, value in enumerate(spread(totals[:, :, 8 * j : 8 * j + 8])):
@@ -1404,9 +1426,10 @@ class _Compiler:
         return step
 
     def _described(
-        self, block: Block, descriptor: int, rows: int, k: int, of: str, turned: int, threads: Array
+        self, block: Block, descriptor: int, rows: int, k: int, of: str, turned: int, threads: Array, read: list[Array]
     ) -> Array:
-        """The matrix [rows, k] that a descriptor names in shared memory; `turned`: rows are what lies side by side."""
+        """The matrix [rows, k] that a descriptor names in shared memory, whose places are added to `read`; `turned`:
+        rows are what lies side by side."""
         size = 4 if of == "tf32" else 2
         start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
         swizzle = descriptor >> 62
@@ -1431,7 +1454,7 @@ class _Compiler:
         block.shared.touch(touched.reshape(1, -1), threads[:1], False)
         block.shared.reader[touched] = -1  # all of the group read it
         np.add.at(block.shared.watched, touched, 1)
-        block.open.append(touched)
+        read.append(touched)
         bits_of = np.ascontiguousarray(block.shared.data[touched]).view(UNSIGNED[size])[..., 0]
         return (bits_of.view(np.float32) if of == "tf32" else decoded(bits_of, of)).astype(np.float64)
 

@@ -1,0 +1,149 @@
+"""The Triton kernels as compiled for a GPU, on the CPU: in processes where `ptx_machine` runs the PTX that Triton makes.
+
+What the interpreter cannot see is seen here: code that does not compile for some sizes, layouts, copies and matrix
+instructions, accesses one byte outside, races. Not seen: what the assembler makes of PTX, and speed.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_registration import calls, evaluate
+from vmae_kernels import attention, attention_varlen
+
+HERE = Path(__file__).parent
+INSIDE = "VMAE_MACHINE" in os.environ
+ARCHITECTURES = (80, 90)
+FILES = ("test_topk.py", "test_soft_topk.py", "test_gather_tokens.py", "test_scatter_tokens.py",
+         "test_decoder_tokens.py", "test_tubelets.py", "test_fsq.py", "test_attention.py", "test_registration.py",
+         "test_shapes.py")  # fmt: skip
+
+outside = pytest.mark.skipif(INSIDE, reason="runs the machine")
+inside = pytest.mark.skipif(not INSIDE, reason="runs where the machine stands for a GPU")
+
+
+def run(architecture, files, timeout):
+    pytest.importorskip("triton")
+    environment = os.environ | {
+        "VMAE_MACHINE": str(architecture), "VMAE_KERNELS": "triton", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "machine", "-m", "not large and not long", "-W", "ignore"]
+    done = subprocess.run([*command, *(HERE / name for name in files)], env=environment, text=True, cwd=HERE.parents[1],
+                          timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+@outside
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel(architecture):
+    run(architecture, ["test_machine.py"], 900)
+
+
+@outside
+@pytest.mark.long
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_tests_of_every_operation_pass_with_its_compiled_kernel(architecture, file):
+    run(architecture, [file], 3600)
+
+
+@inside
+@pytest.mark.parametrize("name", [name for name in calls() if not name.startswith("causal_conv3d")])
+def test_as_the_reference(name, monkeypatch):
+    import machine
+
+    results = {}
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("VMAE_KERNELS", choice)
+        machine.launches.clear()
+        results[choice] = evaluate(*calls()[name])
+        assert bool(machine.launches) == (choice == "triton")
+    for ours, theirs in zip(results["triton"], results["torch"], strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def heads(m, n, d, dtype, h=1):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, h, x, d, generator=generator).to(dtype).requires_grad_() for x in (m, n, n)]
+
+
+def exact(q, k, v):
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+
+def check_attention(run, plain, inputs, grad):
+    """Errors at most twice those of the same sums in plain low precision, with gradients."""
+    o = run(*inputs)
+    ours = o, *torch.autograd.grad(o, inputs, grad)
+    results = []
+    for dtype in (torch.float64, inputs[0].dtype):
+        copies = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        o = plain(*copies)
+        results.append((o, *torch.autograd.grad(o, copies, grad.to(dtype))))
+    for mine, truth, low in zip(ours, *results, strict=True):
+        assert (mine - truth).norm() <= 2 * (low - truth).norm() + 1e-6 * truth.norm()
+
+
+# Whole blocks and parts of one, in each kind of head.
+@inside
+@pytest.mark.parametrize(("m", "n", "d"), [(130, 70, 64), (40, 90, 128), (33, 65, 80), (20, 64, 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_matrix_instructions(dtype, m, n, d):
+    import machine
+
+    machine.launches.clear()
+    inputs = heads(m, n, d, dtype)
+    check_attention(attention, exact, inputs, torch.randn(1, 1, m, d).to(dtype))
+    products = r"\bwgmma\.mma_async" if machine.ARCHITECTURE == 90 else r"\bmma\.sync"
+    multiplied = [launch for launch in machine.launches if re.search(products, launch.ptx)]
+    assert len(multiplied) == 3  # forward, keys, queries
+
+
+@inside
+def test_indexed_and_packed():
+    inputs = heads(35, 80, 32, torch.bfloat16, h=2)
+    rows = torch.randperm(80, generator=torch.Generator().manual_seed(1))[None, :37]
+    grad = torch.randn(1, 2, 35, 32).bfloat16()
+    check_attention(
+        lambda q, k, v: attention(q, k, v, kv_indices=rows), lambda q, k, v: exact(q, k[:, :, rows[0]], v[:, :, rows[0]]),
+        inputs, grad,
+    )  # fmt: skip
+    packed = [torch.randn(70, 2, 32).bfloat16().requires_grad_() for _ in range(3)]
+    starts = torch.tensor([0, 33, 33, 70], dtype=torch.int32)
+
+    def one_by_one(q, k, v):
+        parts = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in ((0, 33), (33, 70))]
+        return torch.cat([exact(*part)[0].transpose(0, 1) for part in parts])
+
+    check_attention(
+        lambda q, k, v: attention_varlen(q, k, v, starts, starts, 37, 37), one_by_one, packed, torch.randn_like(packed[0])
+    )
+
+
+@inside
+def test_a_kernel_without_one_of_its_waits_is_noticed():
+    """Each barrier, and each wait for copies or products, is taken out of attention's kernels by itself."""
+    import machine
+    from ptx_machine import Fault, waits
+
+    machine.launches.clear()
+    q, k, v = heads(70, 150, 64, torch.bfloat16)
+    torch.autograd.grad(attention(q, k, v), (q, k, v), torch.randn(1, 1, 70, 64).bfloat16())
+    noticed, tried = 0, 0
+    for launch in [launch for launch in machine.launches if "delta" not in launch.kernel]:
+        for without in waits(launch.ptx):
+            tried += 1
+            try:
+                launch.run(without)
+            except Fault:
+                noticed += 1
+    # The others stand before the first stage and behind the loop, and guard nothing at these sizes.
+    assert tried > 20 and noticed > 0.8 * tried
