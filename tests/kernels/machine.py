@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import triton
 from hypothesis import settings
 from ptx_machine import Machine
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.driver import driver
+
 from vmae_kernels import _triton
 from vmae_kernels.resources import SHARED
 

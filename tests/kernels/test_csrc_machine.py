@@ -1,5 +1,5 @@
-"""The convolution's CUDA kernels without a GPU: what nvcc makes of csrc/ is run by `ptx_machine`, launched by csrc's own
-host code over a CUDA runtime that is machine.cpp.
+"""The convolution's CUDA kernels without a GPU: what nvcc makes of csrc/ is run by `ptx_machine`, and launched by
+csrc's own host code over a CUDA runtime that is machine.cpp.
 
 It takes minutes of compilation, nvcc, and `pip install --no-deps nvidia-cutlass`.
 """
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptx_machine import Fault, Machine, waits
-from test_causal_conv3d import LAST, oracle, rand
+from ptx_machine import Machine
+from ptx_program import Fault, waits
+from test_causal_conv3d import oracle, rand
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -22,11 +23,13 @@ sys.path.insert(0, str(CSRC))
 import build  # noqa: E402
 
 pytestmark = pytest.mark.long
-MATHS = {"Bfloat16": ("bfloat16.cu", torch.bfloat16), "Float16": ("float16.cu", torch.float16),
-         "TensorFloat32": ("tensor_float32.cu", torch.float32), "ExactFloat32": ("exact_float32.cu", torch.float32)}  # fmt: skip
-CARRY = ctypes.CFUNCTYPE(
-    None, ctypes.c_char_p, *[ctypes.c_int] * 4, ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t
-)
+MATHS = {
+    "Bfloat16": ("bfloat16.cu", torch.bfloat16),
+    "Float16": ("float16.cu", torch.float16),
+    "TensorFloat32": ("tensor_float32.cu", torch.float32),
+    "ExactFloat32": ("exact_float32.cu", torch.float32),
+}
+CARRY = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *[ctypes.c_int] * 4, ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t)
 
 
 class Extension:
@@ -56,7 +59,9 @@ class Extension:
                 name = name.decode()
                 ptx = self.ptx[architecture]
                 program = self.machine.program(ptx, name)
-                given = [ctypes.string_at(arguments[i], size) for i, (_, size) in enumerate(program.parameters.values())]
+                given = [
+                    ctypes.string_at(arguments[i], size) for i, (_, size) in enumerate(program.parameters.values())
+                ]
                 self.launched.append(name)
                 self.machine.launch(self.change(ptx), (x, y, z), threads, given, memory, shared=shared, name=name)
             except BaseException as error:
@@ -65,9 +70,10 @@ class Extension:
         callback = CARRY(carry)
         self.library.machine_set(callback, architecture)
         getattr(self.library, f"machine_{function}")(
-            (ctypes.c_int64 * 12)(*numbers), *[ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in tensors],
+            (ctypes.c_int64 * 12)(*numbers),
+            *[ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors],
             *more,
-        )  # fmt: skip
+        )
         if failed:
             raise failed[0]
 
@@ -154,8 +160,8 @@ def test_convolution_and_gradients(extension, name, architecture):
     assert any(by_wgmma) == (half and architecture == 90 and c % 8 == 0)
 
     silu = last(torch.full(wanted.shape, torch.nan), dtype)
-    extension.run(architecture, "convolve", numbers, last(x, dtype), last(cache, dtype), last(weight, dtype), None, silu,
-                  more=(1,))  # fmt: skip
+    inputs = last(x, dtype), last(cache, dtype), last(weight, dtype)
+    extension.run(architecture, "convolve", numbers, *inputs, None, silu, more=(1,))
     plain = oracle(exact[0], exact[1], None, stride, exact[3])
     close(silu, torch.nn.functional.silu(plain), dtype, slack)
 
@@ -178,7 +184,9 @@ def test_convolution_and_gradients(extension, name, architecture):
 def test_a_kernel_without_one_of_its_waits_is_noticed(extension, architecture):
     """Each barrier, and each wait for copies or products, is taken out of the convolution's kernel by itself."""
     b, c, o, t, h, w = 1, 64, 72, 1, 9, 8  # 72 rows and columns, and more tiles in depth than stages
-    x, weight = (rand(*shape, seed=seed).to(extension.dtype) for seed, shape in enumerate([(b, c, t, h, w), (o, c, 1, 3, 3)]))
+    x, weight = (
+        rand(*shape, seed=seed).to(extension.dtype) for seed, shape in enumerate([(b, c, t, h, w), (o, c, 1, 3, 3)])
+    )
     y = last(torch.zeros(b, o, t, h, w), extension.dtype)
     arguments = architecture, "convolve", (b, c, o, t, h, w, 1, 3, 3, 1, 1, 1), last(x, extension.dtype), None
     extension.run(*arguments, last(weight, extension.dtype), None, y, more=(0,))
@@ -198,5 +206,5 @@ def test_a_kernel_without_one_of_its_waits_is_noticed(extension, architecture):
                 noticed += 1
     finally:
         extension.change = lambda ptx: ptx
-    print(f"{noticed} of {tried}")
-    assert tried >= 5 and noticed >= 0.8 * tried
+    assert tried >= 5
+    assert noticed >= 0.8 * tried  # the last barrier guards nothing here

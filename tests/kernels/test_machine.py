@@ -1,4 +1,4 @@
-"""The Triton kernels as compiled for a GPU, on the CPU: in processes where `ptx_machine` runs the PTX that Triton makes.
+"""The Triton kernels as compiled for a GPU, on the CPU: in processes where `ptx_machine` runs what Triton makes.
 
 What the interpreter cannot see is seen here: code that does not compile for some sizes, layouts, copies and matrix
 instructions, accesses one byte outside, races. Not seen: what the assembler makes of PTX, and speed.
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_registration import calls, evaluate
+
 from vmae_kernels import attention, attention_varlen
 
 HERE = Path(__file__).parent
@@ -113,8 +114,8 @@ def test_indexed_and_packed():
     rows = torch.randperm(80, generator=torch.Generator().manual_seed(1))[None, :37]
     grad = torch.randn(1, 2, 35, 32).bfloat16()
     check_attention(
-        lambda q, k, v: attention(q, k, v, kv_indices=rows), lambda q, k, v: exact(q, k[:, :, rows[0]], v[:, :, rows[0]]),
-        inputs, grad,
+        lambda q, k, v: attention(q, k, v, kv_indices=rows),
+        lambda q, k, v: exact(q, k[:, :, rows[0]], v[:, :, rows[0]]), inputs, grad,
     )  # fmt: skip
     packed = [torch.randn(70, 2, 32).bfloat16().requires_grad_() for _ in range(3)]
     starts = torch.tensor([0, 33, 33, 70], dtype=torch.int32)
@@ -124,7 +125,10 @@ def test_indexed_and_packed():
         return torch.cat([exact(*part)[0].transpose(0, 1) for part in parts])
 
     check_attention(
-        lambda q, k, v: attention_varlen(q, k, v, starts, starts, 37, 37), one_by_one, packed, torch.randn_like(packed[0])
+        lambda q, k, v: attention_varlen(q, k, v, starts, starts, 37, 37),
+        one_by_one,
+        packed,
+        torch.randn_like(packed[0]),
     )
 
 
@@ -132,7 +136,7 @@ def test_indexed_and_packed():
 def test_a_kernel_without_one_of_its_waits_is_noticed():
     """Each barrier, and each wait for copies or products, is taken out of attention's kernels by itself."""
     import machine
-    from ptx_machine import Fault, waits
+    from ptx_program import Fault, waits
 
     machine.launches.clear()
     q, k, v = heads(70, 150, 64, torch.bfloat16)
@@ -146,4 +150,5 @@ def test_a_kernel_without_one_of_its_waits_is_noticed():
             except Fault:
                 noticed += 1
     # The others stand before the first stage and behind the loop, and guard nothing at these sizes.
-    assert tried > 20 and noticed > 0.8 * tried
+    assert tried > 20
+    assert noticed > 0.8 * tried

@@ -6,7 +6,9 @@ import struct
 
 import numpy as np
 import pytest
-from ptx_machine import Fault, Machine, Unknown, narrowed, widened
+from ptx_instructions import narrowed, widened
+from ptx_machine import Machine
+from ptx_program import Fault, Unknown
 
 HEAD = """
 .version 8.4
@@ -151,7 +153,24 @@ def test_longer_numbers():
         assert row == [value % 2**64 for value in wanted]
 
 
-SPECIAL = [0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, math.nan, 1e-45, 1.2e-38, 3.4e38, 0.1, 2.5, -3.5, 1 / 3, 1e10, -7e-3]
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.5,
+    math.inf,
+    -math.inf,
+    math.nan,
+    1e-45,
+    1.2e-38,
+    3.4e38,
+    0.1,
+    2.5,
+    -3.5,
+    1 / 3,
+    1e10,
+    -7e-3,
+]
 
 
 def test_real_numbers():
@@ -199,7 +218,11 @@ def test_real_numbers():
             assert signed(int(bits[5])) == whole(y, round)
             low, high = (widened(np.array([v], np.uint16))[0] for v in (bits[6] & 0xFFFF, bits[6] >> 16))
             for rounded, exact in ((low, b), (high, a)):
-                assert same(rounded, exact) or abs(rounded - exact) <= abs(exact) * 2**-8 + 2.0**-134 or math.isinf(rounded)
+                assert (
+                    same(rounded, exact)
+                    or abs(rounded - exact) <= abs(exact) * 2**-8 + 2.0**-134
+                    or math.isinf(rounded)
+                )
             assert bits[7] == (not a >= b)
             assert bits[8] == (9 if a < b else 7)
 
@@ -342,7 +365,11 @@ def test_threads_that_write_one_place():
 @pytest.mark.parametrize("space", ["in", "out", "shared"])
 @pytest.mark.parametrize("where", ["before", "behind"])
 def test_one_byte_outside(space, where):
-    target = {"in": "ld.global.b32 %r1, [%d4];", "out": "st.global.b32 [%d4], %r0;", "shared": "st.shared.b32 [%r2], %r0;"}
+    target = {
+        "in": "ld.global.b32 %r1, [%d4];",
+        "out": "st.global.b32 [%d4], %r0;",
+        "shared": "st.shared.b32 [%r2], %r0;",
+    }
     first, last = ("%d0", "%d4") if space == "in" else ("%d1", "%d4")
     step = -4 if where == "before" else 4
     body = f"""

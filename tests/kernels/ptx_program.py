@@ -1,0 +1,164 @@
+"""Programs in PTX, which compilers make of kernels, taken apart for `ptx_machine`."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+NUMBERS = {
+    "pred": np.bool_, "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16,
+    "s16": np.int16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64,
+    "s64": np.int64, "f16": np.float16, "bf16": np.uint16, "f32": np.float32, "f64": np.float64, "f16x2": np.uint32,
+    "bf16x2": np.uint32, "tf32": np.uint32,
+}  # fmt: skip
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+Array = Any
+Block = Any  # of ptx_machine, which knows the others
+
+
+class Fault(Exception):
+    """What a GPU would have done wrong, or might have."""
+
+
+class Unknown(Exception):
+    """What this machine does not know."""
+
+
+@dataclass
+class Instruction:
+    text: str
+    parts: list[str]
+    operands: list[str]
+    guard: tuple[str, bool] | None
+    """A predicate's name, and whether it is negated."""
+
+
+@dataclass
+class Program:
+    """One kernel of a PTX module."""
+
+    name: str
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    registers: dict[str, str] = field(default_factory=dict)
+    """name -> the kind it was declared with"""
+    parameters: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """name -> where it begins, and its bytes"""
+    shared: dict[str, int] = field(default_factory=dict)
+    local: dict[str, int] = field(default_factory=dict)
+    constants: dict[str, Array] = field(default_factory=dict)
+    shared_size: int = 0
+    local_size: int = 0
+
+
+def _sizes(text: str) -> tuple[str, int, int, str]:
+    """Of a declaration such as `.align 16 .b8 name[24]`: name, bytes, alignment, kind."""
+    align = re.search(r"\.align\s+(\d+)", text)
+    found = re.search(r"\.(pred|[bsuf]\d+)\s+(?:\.ptr.*?)?([\w$.%]+)\s*(?:\[(\d*)\])?\s*$", text)
+    if found is None:
+        raise Unknown(f"declaration {text!r}")
+    size = np.dtype(NUMBERS[found[1]]).itemsize
+    return found[2], size * int(found[3] or (0 if found[3] == "" else 1)), int(align[1]) if align else size, found[1]
+
+
+def parsed(ptx: str, name: str | None = None) -> Program:
+    """The kernel of a name, or the only one, of a PTX module."""
+    ptx = re.sub(r"//[^\n]*", "", ptx)
+    ptx = re.sub(r"^\s*\.(loc|file|pragma)\b[^\n]*$", "", ptx, flags=re.MULTILINE)
+    ptx = re.sub(r"\.section\s+\.debug[^{]*\{.*?\n\s*\}", "", ptx, flags=re.DOTALL)
+    entries = re.findall(r"\.entry\s+([\w$]+)", ptx)
+    name = name or entries[0]
+    head, _, rest = re.split(rf"(\.entry\s+{re.escape(name)}\b)", ptx, maxsplit=1)
+    program = Program(name)
+    for declaration in re.findall(r"\.(?:global|const)\s+([^;]*\{[^}]*\})\s*;", head):
+        left, _, values = declaration.partition("=")
+        known, size, _, kind = _sizes(left)
+        numbers = [int(value, 0) for value in values.strip(" {}\n").split(",")]
+        program.constants[known] = np.array(numbers, NUMBERS[kind]).view(np.uint8)
+    offset = 0
+    signature, body = re.fullmatch(r"\s*\((.*?)\)([^{]*\{.*)", rest, re.DOTALL).groups()
+    for parameter in filter(str.strip, signature.split(",")):
+        known, size, align, _ = _sizes(re.sub(r"\.ptr(\s+\.\w+)?(\s+\.align\s+\d+)?", "", parameter.strip()))
+        offset = -(-offset // align) * align
+        program.parameters[known] = (offset, size)
+        offset += size
+    for declaration in re.findall(r"\.shared\s+([^;{}=]*);", head):
+        _declare(program, ".shared " + declaration)
+    body = body[body.index("{") :]
+    depth, end = 0, len(body)
+    for place, letter in enumerate(body):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            end = place
+            break
+    for statement in _statements(body[1:end]):
+        if statement.endswith(":"):
+            program.labels[statement[:-1]] = len(program.instructions)
+        elif statement.startswith("."):
+            _declare(program, statement)
+        else:
+            program.instructions.append(_instruction(statement))
+    return program
+
+
+def _statements(body: str) -> list[str]:
+    """Labels, declarations and instructions; braces that only make a scope are left out."""
+    found = []
+    for piece in body.split(";"):
+        piece = piece.strip()
+        while True:
+            piece = piece.lstrip("{} \t\n") if not re.match(r"\{\s*%", piece) else piece
+            label = re.match(r"([$\w]+):", piece)
+            if label is None or "::" in piece[: label.end() + 1]:
+                break
+            found.append(label[0])
+            piece = piece[label.end() :].strip()
+        if piece:
+            found.append(" ".join(piece.split()))
+    return found
+
+
+def _declare(program: Program, statement: str) -> None:
+    if statement.startswith(".reg"):
+        for known in re.sub(r"^\.reg\s+\.\w+\s+", "", statement).split(","):
+            kind = re.match(r"\.reg\s+\.(\w+)", statement)[1]
+            many = re.fullmatch(r"\s*([%\w$]+)<(\d+)>\s*", known)
+            names = [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [known.strip()]
+            program.registers.update(dict.fromkeys(names, kind))
+    elif re.match(r"\.(extern\s+)?shared", statement):
+        known, size, align, _ = _sizes(statement)
+        program.shared[known] = -(-program.shared_size // align) * align
+        program.shared_size = program.shared[known] + size
+    elif statement.startswith(".local"):
+        known, size, align, _ = _sizes(statement)
+        program.local[known] = -(-program.local_size // align) * align
+        program.local_size = program.local[known] + size
+    elif not statement.startswith((".pragma", ".branchtargets")):
+        raise Unknown(statement)
+
+
+def _instruction(text: str) -> Instruction:
+    found = re.fullmatch(r"(?:@(!?)(%?[\w$]+)\s+)?([\w.:]+)\s*(.*)", text)
+    if found is None:
+        raise Unknown(text)
+    operands, depth, last = [], 0, ""
+    for letter in found[4]:
+        depth += (letter in "{[(") - (letter in "}])")
+        if letter == "," and depth == 0:
+            operands.append(last.strip())
+            last = ""
+        else:
+            last += letter
+    if last.strip():
+        operands.append(last.strip())
+    return Instruction(text, found[3].split("."), operands, (found[2], found[1] == "!") if found[2] else None)
+
+
+def waits(ptx: str) -> Iterator[str]:
+    """The code without one of its barriers or waits, for each of them: to see whether that is noticed."""
+    wait = r"\b(bar\.sync|barrier\.sync|cp\.async\.wait_(group|all)|wgmma\.wait_group)\b[^;]*;"
+    for found in re.finditer(wait, ptx):
+        yield ptx[: found.start()] + ptx[found.end() :]
