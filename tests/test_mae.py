@@ -275,7 +275,8 @@ def test_seed_must_be_an_integer():
 # --- clips of different sizes
 
 
-SIZES = [(1, 4, 64, 64), (2, 2, 16, 48), (1, 12, 32, 64), (1, 2, 16, 16)]  # batch, frames, rows, columns
+# Batch, frames, rows, columns; the third one is longer than the model's own clips.
+SIZES = [(1, 4, 64, 64), (2, 2, 16, 48), (1, 12, 64, 64), (1, 2, 16, 16)]
 
 
 def clips_of(sizes=SIZES) -> list[torch.Tensor]:
@@ -300,7 +301,7 @@ def test_clips_of_different_sizes_pass_as_one_batch_without_padding():
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     model.encode(clips)
-    assert seen == [(32 + 2 * 3 + 48 + 1, 48)] * len(model.blocks)
+    assert seen == [(32 + 2 * 3 + 96 + 1, 48)] * len(model.blocks)
 
 
 def test_gradients_of_clips_of_different_sizes_are_those_of_each_alone():

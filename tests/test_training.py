@@ -177,6 +177,13 @@ def test_clips_are_taken_as_asked(sampling, moving_square, tmp_path, monkeypatch
     assert asked == {**settings, "data": moving_square, "start": "random", "seed": 7, "views": 0}
 
 
+def test_clips_of_different_lengths_are_refused_before_any_work(moving_square, tmp_path):
+    run = tokenizer_run(moving_square, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"short: expected loop or refuse, as .* one length, got keep"):
+        train_tokenizer(dataclasses.replace(run, clips=dataclasses.replace(run.clips, short="keep")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_unusable_videos_are_skipped_and_counted(video_folder, tmp_path, capsys):
     out = train_tokenizer(tokenizer_run(video_folder, tmp_path / "run", steps=6))
     assert log_of(out)[-1]["skipped"] >= 2
