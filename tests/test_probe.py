@@ -558,16 +558,18 @@ def test_short_videos_are_kept_and_encoded_as_they_are(colours, tmp_path, quick,
     encode, seen = VideoMAE.encode, []
 
     def recorded(model, clip):
-        seen.append([x.shape[2] for x in clip] if isinstance(clip, list) else [clip.shape[2]] * len(clip))
+        packed = isinstance(clip, list)
+        seen.append((packed, [x.shape[2] for x in clip] if packed else [clip.shape[2]] * len(clip)))
         return encode(model, clip)
 
     monkeypatch.setattr(VideoMAE, "encode", recorded)
     alone = probe(run, progress=False)
     lengths = [8] * 7 + [4, 6] + [8] * 4 + [2]
-    assert seen == [[length] for length in lengths for _ in range(3)]  # by three encoders
+    assert seen == [(False, [length]) for length in lengths for _ in range(3)]  # by three encoders
     seen.clear()
     batches = probe(dataclasses.replace(run, batch_size=3), progress=False)
-    assert seen == [lengths[i : i + 3] for i in range(0, len(lengths), 3) for _ in range(3)]
+    parts = [lengths[i : i + 3] for i in range(0, len(lengths), 3)]
+    assert seen == [(len(set(part)) > 1, part) for part in parts for _ in range(3)]
     assert [one.accuracy for one in alone.scores] == [one.accuracy for one in batches.scores]
     assert (alone.train, alone.val, len(alone.skipped)) == (9, 5, 1)
     assert "short3.mp4: too short: the clip needs 2 frames, the file has 1" in alone.skipped[0]

@@ -270,20 +270,21 @@ class VideoMAE(nn.Module, Saved):
         return self.norm(x)
 
     def _encode_packed(self, clips: Sequence[Tensor]) -> list[Tensor]:
-        counts = [math.prod(check_video(clip)) for clip in clips]
-        if not counts:
+        sizes = [(math.prod(check_video(clip)), len(clip)) for clip in clips]
+        if not sizes:
             return []
-        longest = max(counts)
+        longest = max(n for n, _ in sizes)
         if longest > len(self.encoder_positions):  # a shorter clip's are the first of a longer one's
             self._set_positions(longest)
-        embedded = [self._embed(clip, _every(clip, n)) for clip, n in zip(clips, counts, strict=True)]
-        x = torch.cat([rows.flatten(0, 1) for rows in embedded])
-        lengths = [n for clip, n in zip(clips, counts, strict=True) for _ in clip]
-        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=x.device)
+        x = torch.cat(
+            [self._embed(clip, _every(clip, n)).flatten(0, 1) for clip, (n, _) in zip(clips, sizes, strict=True)]
+        )
+        ends = itertools.accumulate(n for n, batch in sizes for _ in range(batch))
+        starts = torch.tensor([0, *ends], dtype=torch.int32, device=x.device)
         for block in self.blocks:
             x = self._block(block, x, packed=Packed(starts, longest))
-        parts = self.norm(x).split([rows.shape[0] * rows.shape[1] for rows in embedded])
-        return [part.unflatten(0, rows.shape[:2]) for part, rows in zip(parts, embedded, strict=True)]
+        parts = self.norm(x).split([n * batch for n, batch in sizes])
+        return [part.unflatten(0, (batch, n)) for part, (n, batch) in zip(parts, sizes, strict=True)]
 
     def _embed(self, clip: Tensor, visible: Tensor) -> Tensor:
         """What the blocks begin with: the tubelets `visible` [B, V] and their positions, [B, V, D]."""
