@@ -341,6 +341,15 @@ def test_sampling_is_that_of_load_clip(folder):
         ClipDataset(folder / "train.csv", frames=17, size=CLIP, short="refuse")[0]
 
 
+def test_items_that_are_kept_short(folder):
+    dataset = ClipDataset(folder / "train.csv", frames=2 * STEPS, size=CLIP, short="keep")
+    for index in range(ENTRIES):
+        clip, label = dataset[index]
+        assert check_clip(clip, label, STEPS) == 0
+    with pytest.raises(ValueError, match="short: expected loop or refuse, as the clips of a batch have one length"):
+        batches(dataset, 2)
+
+
 def test_items_are_seeded(folder):
     def starts(seed):
         dataset = ClipDataset(folder / "train.csv", frames=2, size=CLIP, seed=seed)

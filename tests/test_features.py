@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 from numbered_videos import numbers_of, write_numbers
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from vmae import VideoMAE, VideoMAEConfig, checkpoint, features
-from vmae.features import PLAN, SHARD, encode_long, read_features, windows
+from vmae.features import PLAN, SHARD, encode_long, encode_video, read_features, windows
 from vmae.video import VideoError, frame_numbers, load_clip, pictures
 
 TINY = {"width": 32, "depth": 2, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 1}
@@ -28,6 +29,17 @@ def model() -> VideoMAE:
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
     return write_numbers(tmp_path_factory.mktemp("video") / "long.mp4", range(101), rate=25)
+
+
+def test_a_clip_that_is_kept_short(model, tmp_path):
+    path = write_numbers(tmp_path / "short.mp4", range(7))
+    shape = encode_video(path, model, tmp_path / "out", precision="fp32", device="cpu", short="keep")
+    with safe_open(tmp_path / "out", "pt") as file:
+        about, found = file.metadata(), file.get_tensor("features")
+    assert (about["grid"], about["frames"], about["short"]) == ("3 2 2", "6", "keep")
+    with torch.inference_mode():
+        torch.testing.assert_close(found, model.encode(load_clip(path, frames=6, size=32))[0])
+    assert found.shape == shape == (12, 32)
 
 
 # --- which clip -----------------------------------------------------------------------------------------------------

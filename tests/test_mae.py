@@ -270,3 +270,184 @@ def test_videos_out_of_range_are_refused(bad):
 def test_seed_must_be_an_integer():
     with pytest.raises(TypeError, match="seed: expected an integer, got float"):
         make()(clip(), tokens(), seed=1.5)
+
+
+# --- clips of different sizes
+
+
+# Batch, frames, rows, columns; the third one is longer than the model's own clips.
+SIZES = [(1, 4, 64, 64), (2, 2, 16, 48), (1, 12, 64, 64), (1, 2, 16, 16)]
+
+
+def clips_of(sizes=SIZES) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, 256, (b, 3, *size), dtype=torch.uint8, generator=generator) for b, *size in sizes]
+
+
+@pytest.mark.parametrize("sizes", [SIZES, SIZES[::-1], SIZES[:1], SIZES[1:2], SIZES[3:] * 3], ids=str)
+def test_clips_of_different_sizes_are_encoded_as_each_alone(sizes):
+    model, clips = make().double(), clips_of(sizes)
+    clips[-1] = clips[-1].double() / 255  # they may differ in dtype too
+    features = model.encode(clips)
+    assert isinstance(features, list)
+    for given, found in zip(clips, features, strict=True):
+        torch.testing.assert_close(found, make().double().encode(given), rtol=1e-12, atol=1e-12)
+    assert [len(found) for found in model.encode(tuple(clips))] == [len(given) for given in clips]
+
+
+def test_clips_of_different_sizes_pass_as_one_batch_without_padding():
+    model, clips = make(), clips_of()
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    model.encode(clips)
+    assert seen == [(32 + 2 * 3 + 96 + 1, 48)] * len(model.blocks)
+
+
+def test_gradients_of_clips_of_different_sizes_are_those_of_each_alone():
+    packed, alone = make().double(), make().double()
+    wanted = [torch.randn(found.shape, dtype=torch.float64) for found in alone.encode(clips_of())]
+    for given, factor in zip(clips_of(), wanted, strict=True):
+        (alone.encode(given) * factor).sum().backward()
+    sum((x * factor).sum() for x, factor in zip(packed.encode(clips_of()), wanted, strict=True)).backward()
+    for (name, p), (_, q) in zip(packed.named_parameters(), alone.named_parameters(), strict=True):
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: name + text)
+    assert packed.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+
+def test_a_clip_is_blind_to_those_beside_it():
+    model, clips = make(), clips_of()
+    before = model.encode(clips)
+    clips[0] = 255 - clips[0]
+    after = model.encode(clips)
+    assert not torch.equal(before[0], after[0])
+    assert all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
+
+
+def test_no_clip_and_empty_ones():
+    model = make()
+    assert model.encode([]) == []
+    assert [found.shape for found in model.encode(clips_of([(0, 2, 16, 32)]))] == [(0, 2, 48)]
+    one, none = model.encode(clips_of([(1, 2, 32, 32), (0, 2, 16, 32)]))
+    assert (one.shape, none.shape) == ((1, 4, 48), (0, 2, 48))
+
+
+def test_clips_of_different_sizes_with_autocast_checkpointing_and_compiled_blocks():
+    plain, other = make(), make()
+    other.checkpointing = True
+    for block in other.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for sizes in (SIZES, SIZES[:2], SIZES[1:]):
+        with torch.autocast("cpu", torch.bfloat16):
+            low = plain.encode(clips_of(sizes))
+        full, found = plain.encode(clips_of(sizes)), other.encode(clips_of(sizes))
+        for a, b, c in zip(full, found, low, strict=True):
+            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a, c.float(), rtol=0.05, atol=0.1)
+            assert not torch.equal(a, c.float())
+        plain.zero_grad()
+        other.zero_grad()
+        for features in (full, found):
+            sum(x.square().mean() for x in features).backward()
+        for p, q in zip(plain.blocks.parameters(), other.blocks.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize(
+    ("clips", "error", "words"),
+    [
+        ([*clips_of(), clips_of()[0][:, :, :3]], ValueError, "even number of frames, got T = 3"),
+        ([*clips_of(), clips_of()[0][:, :, :0]], ValueError, "even number of frames, got T = 0"),
+        ([*clips_of(), clips_of()[0][..., :40]], ValueError, r"multiples of 16, got \[H, W\] = \[64, 40\]"),
+        ([clips_of()[0][0]], ValueError, r"expected shape \[B, 3, T, H, W\], got \[3, 4, 64, 64\]"),
+        ([clips_of()[0].int()], TypeError, "uint8 or floating point.*got torch.int32"),
+        ([*clips_of(), "clip.mp4"], TypeError, "expected a tensor.*got str"),
+        ("clip.mp4", TypeError, "expected a tensor.*got str"),
+        ({}, TypeError, "expected a tensor.*got dict"),
+        (None, TypeError, "expected a tensor.*got NoneType"),
+    ],
+)
+def test_clips_that_cannot_be_encoded_are_refused(clips, error, words):
+    with pytest.raises(error, match=words):
+        make().encode(clips)
+
+
+# --- attention to chosen tokens
+
+
+def plain_features(model, video, attended):
+    """Of every token, by SDPA with a boolean mask that shows the tokens `attended` [B, N] alone."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    kernel = model.patch_embed.weight.view(-1, 2, 16, 16, 3).permute(0, 4, 1, 2, 3)
+    x = (video.double() / 255 - mean) / std
+    x = nn.functional.conv3d(x, kernel, model.patch_embed.bias, stride=(2, 16, 16)).flatten(2).transpose(1, 2)
+    x = x + sine_cosine(x.shape[1], model.config.width)
+    for block in model.blocks:
+        q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (block.attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attended[:, None, None])
+        x = x + block.attn.proj(y.transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
+    return model.norm(x)
+
+
+def some_keys(count: int, n: int = N) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.stack([torch.randperm(n, generator=generator)[:count] for _ in range(2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("count", [1, 9, N])
+def test_every_token_attends_to_the_keys_alone(count, dtype):
+    model, keys = make().double(), some_keys(count)
+    attended = torch.zeros(2, N, dtype=torch.bool).scatter(1, keys, True)
+    found, expected = model.encode(clip(), keys=keys.to(dtype)), plain_features(model, clip(), attended)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    factor = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    parameters = [*model.patch_embed.parameters(), *model.blocks.parameters()]
+    for a, b in zip(*(torch.autograd.grad((x * factor).sum(), parameters) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    if count == N:
+        torch.testing.assert_close(found, model.encode(clip()), rtol=1e-9, atol=1e-9)
+
+
+def test_keys_with_autocast_checkpointing_and_compiled_blocks():
+    plain, other, keys = make(), make(), some_keys(9)
+    other.checkpointing = True
+    for block in other.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    full, found = plain.encode(clip(), keys=keys), other.encode(clip(), keys=keys)
+    torch.testing.assert_close(full, found)
+    full.square().mean().backward()
+    found.square().mean().backward()
+    for p, q in zip(plain.blocks.parameters(), other.blocks.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(plain.encode(clip(), keys=keys).float(), full, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "words"),
+    [
+        (some_keys(9).float(), TypeError, "keys: expected .* int32 or int64, got torch.float32"),
+        (torch.ones(2, N, dtype=torch.bool), TypeError, "keys: expected .* int32 or int64, got torch.bool"),
+        (some_keys(9).tolist(), TypeError, "keys: expected a tensor .* got list"),
+        (some_keys(9)[0], ValueError, r"keys: expected shape \[2, 1 to 64\], got \[9\]"),
+        (some_keys(9)[:1], ValueError, r"keys: expected shape \[2, 1 to 64\], got \[1, 9\]"),
+        (some_keys(0), ValueError, r"keys: expected shape \[2, 1 to 64\], got \[2, 0\]"),
+        (some_keys(N + 1, N + 1), ValueError, r"keys: expected shape \[2, 1 to 64\], got \[2, 65\]"),
+        (torch.tensor([[0, 1], [0, N]]), ValueError, "keys: expected indices from 0 to 63, got 0 to 64"),
+        (torch.tensor([[0, 1], [-1, 5]]), ValueError, "keys: expected indices from 0 to 63, got -1 to 5"),
+        (torch.tensor([[0, 1, 2], [7, 3, 7]]), ValueError, "keys: expected distinct indices .* got one twice"),
+    ],
+)
+def test_wrong_keys_are_refused(keys, error, words):
+    with pytest.raises(error, match=words):
+        make().encode(clip(), keys=keys)
+
+
+def test_keys_are_for_one_clip():
+    with pytest.raises(ValueError, match="keys: expected none with a sequence of clips"):
+        make().encode([clip()], keys=some_keys(9))
+    assert make().encode(clip()[:0], keys=some_keys(9)[:0]).shape == (0, N, 48)

@@ -98,6 +98,40 @@ def test_pooled_pixels_are_mean_colours():
     assert pool_pixels(clip[:, :, :4]).tokens.shape == (2, 2 * 2 * 2, 12)
 
 
+@pytest.mark.parametrize(("t", "cells"), [(1, 4), (3, 8), (3, 4), (5, 8), (8, 8), (7, 2)])
+def test_shorter_clips_fill_as_many_cells(t, cells):
+    """Cell i of n sees the frames that it overlaps, of n cells laid over T frames."""
+    features = torch.randn(2, t * 2 * 2, 5, generator=generator())
+    vector, tokens = pool(features, (t, 2, 2), cells)
+    torch.testing.assert_close(vector, features.mean(1))
+    clip = torch.randint(0, 256, (2, 3, 2 * t, 16, 16), generator=generator(), dtype=torch.uint8)
+    colours, colour_tokens = pool_pixels(clip, cells)
+    assert (tokens.shape, colour_tokens.shape) == ((2, cells * 4, 5), (2, cells * 4, 12))
+    for i in range(cells):
+        latent, frames = (
+            [frame for frame in range(n) if frame < (i + 1) * n / cells and frame + 1 > i * n / cells]
+            for n in (t, 2 * t)
+        )
+        torch.testing.assert_close(tokens[:, 4 * i : 4 * i + 4], features.view(2, t, 4, 5)[:, latent].mean(1))
+        mean = clip[:, 1, frames, :4, 4:8].float().mean((1, 2, 3)) / 255
+        torch.testing.assert_close(colours.view(2, 3, cells, 4, 4)[:, 1, i, 0, 1], mean)
+
+
+def test_clips_of_different_lengths_are_pooled_as_each_alone():
+    config = VideoMAEConfig.tiny(frames=8, size=32, **SMALL)
+    encoders = [random_encoder(config, seed) for seed in (0, 1)]
+    clips = [
+        torch.randint(0, 256, (1, 3, frames, 32, 32), generator=generator(), dtype=torch.uint8) for frames in (6, 16, 2)
+    ]
+    together, alone = pooled(clips, encoders, "fp32", 8), [pooled(clip, encoders, "fp32", 8) for clip in clips]
+    for kind, found in enumerate(together):
+        for name in ("vector", "tokens"):
+            expected = torch.cat([getattr(one[kind], name) for one in alone])
+            torch.testing.assert_close(getattr(found, name), expected)
+    assert together[0].tokens.shape == (3, 8 * 2 * 2, 32)
+    assert together[2].vector.shape == (3, 8 * 4 * 4 * 3)
+
+
 def test_each_encoder_in_turn_then_pixels():
     config = VideoMAEConfig.tiny(frames=8, size=32, **SMALL)
     encoders = [random_encoder(config, seed) for seed in (0, 1, 0)]
@@ -513,6 +547,32 @@ def test_videos_too_short_at_one_number_of_frames_are_left_out_at_all(colours, t
     assert all("too short" in reason for reason in result.skipped)
     assert (result.floor, result.balanced_floor) == (0.6, 0.5)  # three of five are blue
     assert any(score.accuracy != score.balanced for score in result.scores)
+
+
+def test_short_videos_are_kept_and_encoded_as_they_are(colours, tmp_path, quick, monkeypatch):
+    for i, frames in enumerate((5, 7, 3, 1)):
+        write_colours(tmp_path / f"short{i}.mp4", red=i % 2 == 1, seed=i, frames=frames)
+    train = [f"{colours}/{i}.mp4 {i % 2}" for i in range(7)] + [f"short{i}.mp4 {i % 2}" for i in (0, 1, 3)]
+    val = [f"{colours}/{i}.mp4 {i % 2}" for i in range(12, 16)] + ["short2.mp4 0"]
+    run = run_of(colours, **lists(tmp_path, train, val), short="keep", frames=(8,))
+    encode, seen = VideoMAE.encode, []
+
+    def recorded(model, clip):
+        packed = isinstance(clip, list)
+        seen.append((packed, [x.shape[2] for x in clip] if packed else [clip.shape[2]] * len(clip)))
+        return encode(model, clip)
+
+    monkeypatch.setattr(VideoMAE, "encode", recorded)
+    alone = probe(run, progress=False)
+    lengths = [8] * 7 + [4, 6] + [8] * 4 + [2]
+    assert seen == [(False, [length]) for length in lengths for _ in range(3)]  # by three encoders
+    seen.clear()
+    batches = probe(dataclasses.replace(run, batch_size=3), progress=False)
+    parts = [lengths[i : i + 3] for i in range(0, len(lengths), 3)]
+    assert seen == [(len(set(part)) > 1, part) for part in parts for _ in range(3)]
+    assert [one.accuracy for one in alone.scores] == [one.accuracy for one in batches.scores]
+    assert (alone.train, alone.val, len(alone.skipped)) == (9, 5, 1)
+    assert "short3.mp4: too short: the clip needs 2 frames, the file has 1" in alone.skipped[0]
 
 
 def lists(folder: Path, train: list[str], val: list[str]) -> dict[str, Path]:

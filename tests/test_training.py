@@ -19,7 +19,7 @@ import torch
 from vmae import AdaptiveTokenizer, ClipDataset, TokenizerConfig, VideoMAE, batches, checkpoint, load_clip, optimisation
 from vmae.masking import STRATEGIES
 from vmae.optimisation import Optimisation, learning_rate
-from vmae.pretraining import PretrainRun, pretrain
+from vmae.pretraining import PretrainRun, cache, pretrain
 from vmae.tokenizer_training import TokenizerRun, train_tokenizer
 from vmae.training import PATIENCE, Clips, TrainingError
 from vmae.video import Augmentation
@@ -175,6 +175,16 @@ def test_clips_are_taken_as_asked(sampling, moving_square, tmp_path, monkeypatch
     del settings["workers"]
     settings["augmentation"] = clips.augmentation
     assert asked == {**settings, "data": moving_square, "start": "random", "seed": 7, "views": 0}
+
+
+@pytest.mark.parametrize("command", [train_tokenizer, pretrain, cache])
+def test_clips_of_different_lengths_are_refused_before_any_work(command, moving_square, tokenizer_dir, tmp_path):
+    run = pretrain_run(moving_square, tmp_path / "run", tokenizer_dir, cache=tmp_path / "cache", views=1)
+    if command is train_tokenizer:
+        run = tokenizer_run(moving_square, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"short: expected loop or refuse, as .* one length, got keep"):
+        command(dataclasses.replace(run, clips=dataclasses.replace(run.clips, short="keep")))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unusable_videos_are_skipped_and_counted(video_folder, tmp_path, capsys):

@@ -29,7 +29,7 @@ from numbered_videos import (
 )
 
 from vmae.dataset import ClipDataset, read_entries
-from vmae.video import VideoError, load_clip
+from vmae.video import Augmentation, VideoError, draw_view, load_clip
 
 
 @pytest.fixture(autouse=True)
@@ -235,7 +235,68 @@ def test_short_video_by_timestamps(tmp_path):
     refusal(path, short="refuse", frames=4, fps=10, start=7)
 
 
-@pytest.mark.parametrize("short", ["loop", "refuse"])
+def kept(path: Path, frames: int, **how) -> list[int]:
+    return numbers_of(load_clip(path, frames=frames, size=CLIP, short="keep", **how))
+
+
+@pytest.mark.parametrize("kind", ["h264.mp4", "mpeg4-b.avi", "ffv1.mkv"])
+def test_short_video_is_kept(tmp_path, kind):
+    path = write_numbers(tmp_path / f"a{Path(kind).suffix}", range(7), **KINDS[kind])
+    assert kept(path, 8) == kept(path, 12) == kept(path, 4096) == [0, 1, 2, 3, 4, 5]
+    assert kept(path, 7, start=1) == [1, 2, 3, 4, 5, 6]
+    assert kept(path, 7) == [0, 1, 2, 3, 4, 5, 6]  # not short
+    assert kept(path, 1, start=6) == [6]
+    assert kept(path, 12, start=3) == [3, 4, 5, 6]
+    assert kept(path, 12, start=4) == [4, 5]
+    assert kept(path, 3, start=4) == [4, 5, 6]  # not short
+    assert kept(path, 12, start=5) == [5, 6]
+    assert kept(path, 12, stride=2) == [0, 2, 4, 6]
+    assert kept(path, 12, stride=3, start=0) == [0, 3]
+    assert kept(path, 12, stride=6) == [0, 6]
+    for how in ({"start": 6}, {"stride": 7}, {"stride": 2, "start": 5}):
+        message = refusal(path, frames=12, short="keep", **how)
+        assert "too short" in message
+        assert "7" in message.replace(str(path), "")
+
+
+def test_a_single_frame_cannot_be_kept(tmp_path):
+    path = write_numbers(tmp_path / "a.mp4", [9])
+    assert "needs 2 frames, the file has 1" in refusal(path, frames=12, short="keep")
+    assert kept(path, 1) == [9]
+
+
+def test_short_video_is_kept_by_timestamps(tmp_path):
+    path = write_numbers(tmp_path / "a.mp4", range(7), rate=10)
+    assert kept(path, 12, fps=10) == [0, 1, 2, 3, 4, 5]
+    assert kept(path, 12, fps=10, start=3) == [3, 4, 5, 6]
+    assert kept(path, 20, fps=20) == [i // 2 for i in range(14)]
+    assert kept(path, 12, fps=5, start=0) == [0, 2]
+    assert kept(path, 12, fps=3, start=0) == [0, 3]
+    assert "too short" in refusal(path, frames=12, fps=2, short="keep")
+
+
+@pytest.mark.parametrize("how", [{}, {"stride": 2}, {"fps": 7.0}, {"fps": 25.0}, {"fps": 1.5}], ids=str)
+@pytest.mark.parametrize("start", ["center", "random", 0, 5])
+@pytest.mark.parametrize("jitter", [0.0, 0.5])
+def test_what_is_kept_is_the_longest_even_clip_that_is_not_refused(videos, how, start, jitter):
+    path, asked = videos("h264.mp4"), 2 * LENGTH
+    for seed in range(4):
+        draw = functools.partial(
+            draw_view, path, size=CLIP, start=start, augmentation=Augmentation(jitter=jitter), seed=seed, **how
+        )
+        view = draw(frames=asked, short="keep")
+        count = len(view.frames)
+        if count < asked:
+            assert count % 2 == 0
+            assert draw(frames=count, short="refuse") == view
+            with pytest.raises(VideoError, match="too short"):
+                draw(frames=count + 2, short="refuse")
+        else:
+            assert draw(frames=asked, short="refuse") == view
+        assert list(view.frames) == sorted(view.frames)  # nothing is looped
+
+
+@pytest.mark.parametrize("short", ["loop", "refuse", "keep"])
 @pytest.mark.parametrize("fps", [None, 10])
 def test_start_after_the_end(tmp_path, short, fps):
     path = write_numbers(tmp_path / "a.mp4", range(5))

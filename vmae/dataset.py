@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vmae.video import PLAIN, Augmentation, Start, VideoError, View, check_sampling, draw_view, load_view
+from vmae.video import PLAIN, Augmentation, Short, Start, VideoError, View, check_sampling, draw_view, load_view
 
 MOST_SUBSTITUTES = 1000  # for one video that cannot be used
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
@@ -81,7 +81,7 @@ class ClipDataset(Dataset):
     `dataset[i]` is (clip uint8 [3, T, H, W], label), the same for the same seed in any process, and each time: `load`
     gives a view that differs from epoch to epoch, where something is random; with `views`, there are so many of each
     video, and they come again in turn. A video that cannot be used raises `VideoError`; `batches` takes another one
-    instead.
+    instead. With `short="keep"` clips differ in length: `batches` refuses them, `VideoMAE.encode` takes a list of them.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ClipDataset(Dataset):
         fps: float | None = None,
         stride: int = 1,
         start: Start = "random",
-        short: Literal["loop", "refuse"] = "loop",
+        short: Short = "loop",
         augmentation: Augmentation = PLAIN,
         views: int = 0,
         seed: int = 0,
@@ -347,6 +347,8 @@ def batches(
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if batch_size % count:
         raise ValueError(f"batch_size: expected a multiple of the {count} processes, got {batch_size}")
+    if dataset.sampling["short"] == "keep":
+        raise ValueError("short: expected loop or refuse, as the clips of a batch have one length, got keep")
     size = batch_size // count
     parts = _Parts(batch_size, start, number * size, size)
     slots = _Slots(dataset, seed, extras)

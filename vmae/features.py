@@ -20,7 +20,7 @@ from vmae.cache import state_hash
 from vmae.mae import VideoMAE
 from vmae.memory import memory_gib
 from vmae.optimisation import autocast, device_of, precision_of
-from vmae.tokens import TUBELET, check_clip
+from vmae.tokens import TUBELET, check_clip, check_video
 from vmae.video import VideoError, frame_numbers, load_clip, pictures
 
 PLAN, SHARD = "features.json", "features-{:06d}.safetensors"
@@ -50,11 +50,10 @@ def encode_video(
     clip = load_clip(video, frames=frames, size=size, **sampling)
     place = device_of(device)
     features = _encoded(model.to(place), clip.to(place), precision).contiguous()
-    grid = tuple(side // step for side, step in zip((frames, size, size), TUBELET, strict=True))
     metadata = {
-        "grid": " ".join(map(str, grid)),
+        "grid": " ".join(map(str, check_video(clip))),
         "video": Path(video).name,
-        "frames": str(frames),
+        "frames": str(clip.shape[2]),
         "size": str(size),
         **{name: str(value) for name, value in sampling.items()},
     }

@@ -1,8 +1,10 @@
 """The masked autoencoder: an encoder over few visible tokens, a decoder over the important hidden ones."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from vmae.checkpoint import Saved
 from vmae.masking import STRATEGIES, Grid, Strategy, TubeMask, check_masks, select, tube_mask
 from vmae.scorer import token_scores
 from vmae.tokens import TUBELET, Tokens, check_clip, check_video
-from vmae_kernels import attention, decoder_tokens, gather_tokens, tubelets
+from vmae_kernels import attention, attention_varlen, decoder_tokens, gather_tokens, tubelets
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -86,21 +88,36 @@ class VideoMAEConfig:
         return cls(**{"width": 1024, "depth": 24, "heads": 16, "decoder_width": 512, "decoder_heads": 8, **changes})
 
 
+class Packed(NamedTuple):
+    """Where sequences of tokens [total, D] lie, one behind the other, as `attention_varlen` wants to know."""
+
+    starts: Tensor
+    """int32 [B + 1]: of each, and the end of the last one."""
+    longest: int
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor | None = None, packed: Packed | None = None) -> Tensor:
         # Cut apart before heads and tokens change places: the gradients then come together in one copy, not in two.
-        parts = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # each [B, N, H, d]
+        parts = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each [B, N, H, d], or packed [total, H, d]
+        if packed is not None:
+            q, k, v = parts
+            starts, longest = packed
+            return self.proj(attention_varlen(q, k, v, starts, starts, longest, longest).flatten(1))
         q, k, v = (part.transpose(1, 2) for part in parts)
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v, kv_indices=keys).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """Transformer block, normalised before each part."""
+    """Transformer block, normalised before each part.
+
+    Of tokens [B, N, D], that attend to all of their row or to `keys` [B, S] of it; or of `packed` ones, [total, D].
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -108,8 +125,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, keys: Tensor | None = None, packed: Packed | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), keys, packed)
         return x + self.mlp(self.norm2(x))
 
 
@@ -213,26 +230,72 @@ class VideoMAE(nn.Module, Saved):
             x = self._block(block, x)
         return self.head(self.decoder_norm(x[:, visible.shape[1] :]))
 
-    def encode(self, clip: Tensor) -> Tensor:
-        """The features of every token [B, N, D] of a clip (as `forward`'s); differentiable, nothing is masked."""
-        n = math.prod(check_video(clip))
-        return self._encode(clip, torch.arange(n, device=clip.device).expand(clip.shape[0], n))
+    @overload
+    def encode(self, clip: Tensor, *, keys: Tensor | None = None) -> Tensor: ...
 
-    def _encode(self, clip: Tensor, visible: Tensor) -> Tensor:
+    @overload
+    def encode(self, clip: Sequence[Tensor], *, keys: None = None) -> list[Tensor]: ...
+
+    def encode(self, clip: Tensor | Sequence[Tensor], *, keys: Tensor | None = None) -> Tensor | list[Tensor]:
+        """The features of every token [B, N, D] of a clip (as `forward`'s); differentiable, nothing is masked.
+
+        Args:
+            clip: or a sequence of clips, each of its own T, H, W, for a list of features. They pass through the blocks
+                as one batch without padding, and come out as each would alone, but for rounding.
+            keys: int32 or int64 [B, S], distinct in each row, for one clip: its tokens attend to these of them alone,
+                such as those with the highest scores, and attention takes N x S products, not N x N. How good features
+                are with it has not been measured with any trained model.
+
+        Raises:
+            TypeError: clip or keys are of a wrong type or dtype.
+            ValueError: shapes do not match, keys come with a sequence, or (on CPU) lie outside [0, N) or stand twice
+                in a row.
+        """
+        if isinstance(clip, Sequence):
+            if keys is not None:
+                raise ValueError(f"keys: expected none with a sequence of clips, got {type(keys).__name__}")
+            return self._encode_packed(clip)
+        n = math.prod(check_video(clip))
+        if keys is not None:
+            _check_keys(keys, len(clip), n)
+        return self._encode(clip, _every(clip, n), keys)
+
+    def _encode(self, clip: Tensor, visible: Tensor, keys: Tensor | None = None) -> Tensor:
         n = math.prod(clip.shape[2:]) // math.prod(TUBELET)
         if n != len(self.encoder_positions):
             self._set_positions(n)
-        x = self.patch_embed(tubelets(clip, visible, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=self._input_dtype()))
-        positions = self.encoder_positions.expand(clip.shape[0], -1, -1)
-        x = x + gather_tokens(positions, visible, unique=True)
+        x = self._embed(clip, visible)
         for block in self.blocks:
-            x = self._block(block, x)
+            x = self._block(block, x, keys)
         return self.norm(x)
 
-    def _block(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _encode_packed(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        sizes = [(math.prod(check_video(clip)), len(clip)) for clip in clips]
+        if not sizes:
+            return []
+        longest = max(n for n, _ in sizes)
+        if longest > len(self.encoder_positions):  # a shorter clip's are the first of a longer one's
+            self._set_positions(longest)
+        x = torch.cat(
+            [self._embed(clip, _every(clip, n)).flatten(0, 1) for clip, (n, _) in zip(clips, sizes, strict=True)]
+        )
+        ends = itertools.accumulate(n for n, batch in sizes for _ in range(batch))
+        starts = torch.tensor([0, *ends], dtype=torch.int32, device=x.device)
+        for block in self.blocks:
+            x = self._block(block, x, packed=Packed(starts, longest))
+        parts = self.norm(x).split([n * batch for n, batch in sizes])
+        return [part.unflatten(0, (batch, n)) for part, (n, batch) in zip(parts, sizes, strict=True)]
+
+    def _embed(self, clip: Tensor, visible: Tensor) -> Tensor:
+        """What the blocks begin with: the tubelets `visible` [B, V] and their positions, [B, V, D]."""
+        x = self.patch_embed(tubelets(clip, visible, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=self._input_dtype()))
+        positions = self.encoder_positions.expand(clip.shape[0], -1, -1)
+        return x + gather_tokens(positions, visible, unique=True)
+
+    def _block(self, block: nn.Module, x: Tensor, keys: Tensor | None = None, packed: Packed | None = None) -> Tensor:
         if self.checkpointing and self.training:
-            return activation_checkpoint(block, x, use_reentrant=False)
-        return block(x)
+            return activation_checkpoint(block, x, keys, packed, use_reentrant=False)
+        return block(x, keys, packed)
 
     def _input_dtype(self) -> torch.dtype:
         weight = self.patch_embed.weight
@@ -269,6 +332,27 @@ class VideoMAE(nn.Module, Saved):
         return ((pixels - pixels.mean(-2, keepdim=True)) / (pixels.var(-2, keepdim=True).sqrt() + 1e-6)).flatten(2)
 
 
+def _every(clip: Tensor, n: int) -> Tensor:
+    """The indices [B, N] of all tokens of a clip."""
+    return torch.arange(n, device=clip.device).expand(len(clip), n)
+
+
+def _check_keys(keys: Tensor, batch: int, n: int) -> None:
+    if not isinstance(keys, Tensor) or keys.dtype not in (torch.int32, torch.int64):
+        got = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
+        raise TypeError(f"keys: expected a tensor of int32 or int64, got {got}")
+    if keys.ndim != 2 or len(keys) != batch or not 1 <= keys.shape[1] <= n:
+        raise ValueError(f"keys: expected shape [{batch}, 1 to {n}], got {list(keys.shape)}")
+    if not keys.is_cpu or torch.compiler.is_compiling() or not batch:  # as in `check_video`
+        return
+    ascending = keys.sort(1).values
+    low, high = int(ascending[:, 0].min()), int(ascending[:, -1].max())
+    if low < 0 or high >= n:
+        raise ValueError(f"keys: expected indices from 0 to {n - 1}, got {low} to {high}")
+    if (ascending.diff(dim=1) == 0).any():
+        raise ValueError("keys: expected distinct indices in each row, got one twice")
+
+
 @torch.no_grad()
 def everest_scores(clip: Tensor, embedding: nn.Linear) -> Tensor:
     """How much each tubelet's embedding differs from the one at its place a latent frame earlier: float32 [B, N].
@@ -279,9 +363,8 @@ def everest_scores(clip: Tensor, embedding: nn.Linear) -> Tensor:
     Source: Hwang et al., "EVEREST" (ICML 2024), section 3.
     """
     t, h, w = check_video(clip)
-    every = torch.arange(t * h * w, device=clip.device).expand(len(clip), -1)
     with torch.autocast(clip.device.type, enabled=False):
-        patches = tubelets(clip, every, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.float32)
+        patches = tubelets(clip, _every(clip, t * h * w), mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.float32)
         # Without the bias: it would cancel in the distance of two features.
         features = rearrange(F.linear(patches, embedding.weight.float()), "b (t h w) d -> b d t h w", t=t, h=h)
     return token_scores(features)

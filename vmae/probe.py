@@ -23,7 +23,7 @@ from vmae.mae import VideoMAE, VideoMAEConfig
 from vmae.masking import Grid
 from vmae.optimisation import Optimisation, Precision, adamw, autocast, device_of, set_learning_rate
 from vmae.tokens import TUBELET, check_clip, check_video
-from vmae.video import VideoError
+from vmae.video import Short, VideoError
 
 FEATURES = ("pretrained", "random", "pixels")
 PROBES = ("knn", "linear", "attentive")
@@ -57,8 +57,8 @@ class ProbeRun:
     """Take every n-th frame."""
     fps: float | None = None
     """Sample by time at this rate instead."""
-    short: Literal["loop", "refuse"] = "loop"
-    """What to do with a video shorter than a clip: begin again at its start, or skip it."""
+    short: Short = "loop"
+    """What to do with a video shorter than a clip: begin again at its start, skip it, or keep it as short as it is."""
     batch_size: int = 1
     """Clips to encode at once."""
     workers: int = 1
@@ -160,17 +160,21 @@ class Pooled(NamedTuple):
 # --- features ------------------------------------------------------------------------------------------------------
 
 
-def pool(features: Tensor, grid: Grid) -> Pooled:
-    """The mean of an encoder's features [B, T * H * W, D], and their means in the cells of a grid of at most POOLED."""
+def pool(features: Tensor, grid: Grid, length: int | None = None) -> Pooled:
+    """The mean of an encoder's features [B, T * H * W, D], and their means in the cells of a grid of at most POOLED.
+
+    `length`: latent frames of the longest clip that this one is compared with. A shorter one gets as many cells, for
+    the same probes, and they share its latent frames.
+    """
     x = rearrange(features.float(), "b (t h w) d -> b d t h w", t=grid[0], h=grid[1], w=grid[2])
-    t, h, w = map(min, grid, POOLED)
+    t, h, w = map(min, (length or grid[0], *grid[1:]), POOLED)
     return Pooled(x.mean((2, 3, 4)), F.adaptive_avg_pool3d(x, (t, h, w)).flatten(2).transpose(1, 2))
 
 
-def pool_pixels(clip: Tensor) -> Pooled:
+def pool_pixels(clip: Tensor, length: int | None = None) -> Pooled:
     """A clip uint8 [B, 3, T, H, W] as the mean colours of at most 8 x 4 x 4 cells: as one vector of up to 384 numbers,
-    and as tokens of 2 x 2 cells, so that both hold the same."""
-    t, h, w = min(clip.shape[2] // TUBELET[0], POOLED[0]), 2 * POOLED[1], 2 * POOLED[2]
+    and as tokens of 2 x 2 cells, so that both hold the same. `length` as for `pool`."""
+    t, h, w = min(length or clip.shape[2] // TUBELET[0], POOLED[0]), 2 * POOLED[1], 2 * POOLED[2]
     x = F.adaptive_avg_pool3d(clip.float() / 255, (t, h, w))
     return Pooled(x.flatten(1), rearrange(x, "b c t (h i) (w j) -> b (t h w) (i j c)", i=2, j=2))
 
@@ -196,13 +200,24 @@ class _Attempts(Dataset):
 
 
 @torch.inference_mode()
-def pooled(clip: Tensor, encoders: Sequence[VideoMAE], precision: str) -> list[Pooled]:
-    """What is kept of clips uint8 [B, 3, T, H, W]: of each encoder's features, then of the pixels; on the CPU."""
-    grid = check_video(clip)
-    with autocast(clip.device, precision):
-        kinds = [pool(encoder.encode(clip), grid) for encoder in encoders]
-    kinds.append(pool_pixels(clip))
-    return [Pooled(kind.vector.cpu(), kind.tokens.cpu()) for kind in kinds]
+def pooled(
+    clip: Tensor | Sequence[Tensor], encoders: Sequence[VideoMAE], precision: str, length: int | None = None
+) -> list[Pooled]:
+    """What is kept of clips uint8 [B, 3, T, H, W]: of each encoder's features, then of the pixels; on the CPU.
+
+    `length` as for `pool`; where clips differ in theirs, they are a sequence of [1, 3, T, H, W].
+    """
+    clips = [clip] if isinstance(clip, Tensor) else clip
+    grids = [check_video(clip) for clip in clips]
+
+    def kept(encoder: VideoMAE) -> list[Pooled]:
+        features = [encoder.encode(clip)] if isinstance(clip, Tensor) else encoder.encode(clip)
+        return [pool(x, grid, length) for x, grid in zip(features, grids, strict=True)]
+
+    with autocast(clips[0].device, precision):
+        kinds = [kept(encoder) for encoder in encoders]
+    kinds.append([pool_pixels(clip, length) for clip in clips])
+    return [Pooled(*(torch.cat(parts).cpu() for parts in zip(*kind, strict=True))) for kind in kinds]
 
 
 def _encode(
@@ -213,8 +228,8 @@ def _encode(
     kept: dict[int, list[Pooled]] = {}
     skipped: dict[int, str] = {}
     clips = decoded(_Attempts(dataset), workers=run.workers, batch_size=None, sampler=videos)
-    name = f"{dataset.sampling['frames']} frames"
-    bar = tqdm(clips, desc=name, total=len(videos), unit="clip", disable=not progress, mininterval=1)
+    frames = dataset.sampling["frames"]
+    bar = tqdm(clips, desc=f"{frames} frames", total=len(videos), unit="clip", disable=not progress, mininterval=1)
     batch: dict[int, Tensor] = {}
     for video, item in zip(videos, bar, strict=True):
         if isinstance(item, str):
@@ -222,11 +237,18 @@ def _encode(
         else:
             batch[video] = item
         if batch and (len(batch) == run.batch_size or video == videos[-1]):
-            kinds = pooled(torch.stack(list(batch.values())).to(device), encoders, run.precision)
+            kinds = pooled(_together(list(batch.values()), device), encoders, run.precision, frames // TUBELET[0])
             for row, key in enumerate(batch):
                 kept[key] = [Pooled(kind.vector[row], kind.tokens[row]) for kind in kinds]
             batch = {}
     return kept, skipped
+
+
+def _together(clips: list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    """Clips [3, T, H, W] on a device: as one tensor or, where they differ in length, as many of [1, 3, T, H, W]."""
+    if len({clip.shape for clip in clips}) == 1:
+        return torch.stack(clips).to(device)
+    return [clip[None].to(device) for clip in clips]
 
 
 # --- probes --------------------------------------------------------------------------------------------------------

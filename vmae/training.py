@@ -56,6 +56,10 @@ class Clips:
     def check(self) -> None:
         """Raise `ValueError` for a setting out of range: not at construction, which the command line reports badly."""
         check_clip(self.frames, self.size)
+        if self.short not in ("loop", "refuse"):
+            raise ValueError(
+                f"short: expected loop or refuse, as the clips of a batch have one length, got {self.short}"
+            )
         self.augmentation.check()
         if self.workers < 0:
             raise ValueError(f"workers: expected at least 0, got {self.workers}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from vmae.tokens import TUBELET
+
 Start = Literal["center", "random"] | int
+Short = Literal["loop", "refuse", "keep"]
 TORCHCODEC_CODECS = frozenset({"av1", "h264", "hevc", "vp8", "vp9"})  # for others PyAV sees more damage
 
 
@@ -85,7 +88,7 @@ def load_clip(
     fps: float | None = None,
     stride: int = 1,
     start: Start = "center",
-    short: Literal["loop", "refuse"] = "loop",
+    short: Short = "loop",
     augmentation: Augmentation = PLAIN,
     seed: int | None = None,
 ) -> Tensor:
@@ -101,15 +104,16 @@ def load_clip(
         fps: sample at this rate by the frames' timestamps, right for variable frame rates too; None samples by count.
         stride: take every `stride`-th frame; 1 if `fps` is given.
         start: "center", "random", or the number of the file's frame at which the clip starts.
-        short: what to do with a file that has fewer frames than asked: begin again at its start, or refuse it.
+        short: what to do with a file that has fewer frames than asked: begin again at its start, refuse it, or keep
+            what there is, an even number of frames and two at least.
         augmentation: random crop, mirroring and speed; none by default.
         seed: of a random start and of the augmentation; None draws a new one each time.
 
     Returns:
-        uint8 [1, 3, T, H, W]: a channels-last view of the decoded frames.
+        uint8 [1, 3, T, H, W]: a channels-last view of the decoded frames; with `short="keep"` T may be less than asked.
 
     Raises:
-        VideoError: the file is missing, empty, no video, truncated, damaged or (with `short="refuse"`) too short.
+        VideoError: the file is missing, empty, no video, truncated, damaged or (but for `short="loop"`) too short.
         ValueError: an argument is out of range.
     """
     view = draw_view(
@@ -127,7 +131,7 @@ def draw_view(
     fps: float | None = None,
     stride: int = 1,
     start: Start = "center",
-    short: Literal["loop", "refuse"] = "loop",
+    short: Short = "loop",
     augmentation: Augmentation = PLAIN,
     seed: int | None = None,
 ) -> View:
@@ -273,8 +277,8 @@ def check_sampling(frames: int, size: int, fps: float | None, stride: int, start
     is_number = isinstance(start, int) and not isinstance(start, bool)
     if start not in ("center", "random") and not (is_number and int(start) >= 0):
         raise ValueError(f"start: expected 'center', 'random' or a frame number from 0, got {start!r}")
-    if short not in ("loop", "refuse"):
-        raise ValueError(f"short: expected 'loop' or 'refuse', got {short!r}")
+    if short not in get_args(Short):
+        raise ValueError(f"short: expected 'loop', 'refuse' or 'keep', got {short!r}")
 
 
 def _open(path: Path) -> tuple[Any, Any]:
@@ -414,15 +418,24 @@ def _wanted_frames(
         raise VideoError(f"{path}: has {total} frames, the clip was to start at frame {start}")
     # One rule for both ways to sample, in frames or in seconds.
     if fps is None:
-        unit, length, step, span = "frames", float(total), stride * speed, (frames - 1) * stride * speed + 1.0
+        unit, length, step = "frames", float(total), stride * speed
     else:
-        unit, length, step, span = "seconds", index.duration, speed / fps, frames * speed / fps
+        unit, length, step = "seconds", index.duration, speed / fps
     begin = 0.0
     if isinstance(start, int):
         begin = start if fps is None else index.times[start]
-    if short == "refuse" and begin + span > length + 1e-6:
-        raise VideoError(f"{path}: too short: the clip needs {begin + span:g} {unit}, the file has {length:g}")
-    room = max(length - span, 0.0)
+
+    def span(count: int) -> float:
+        return (count - 1) * stride * speed + 1.0 if fps is None else count * speed / fps
+
+    def fits(count: int) -> bool:
+        return begin + span(count) <= length + 1e-6
+
+    if short == "keep" and not fits(frames):
+        frames = max(filter(fits, range(TUBELET[0], frames, TUBELET[0])), default=TUBELET[0])
+    if short != "loop" and not fits(frames):
+        raise VideoError(f"{path}: too short: the clip needs {begin + span(frames):g} {unit}, the file has {length:g}")
+    room = max(length - span(frames), 0.0)
     if start == "center":
         begin = room / 2
     elif start == "random":
