@@ -1,5 +1,6 @@
 """The instructions of PTX that our kernels are made of, each as a function of a block's registers and memory."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -103,7 +104,8 @@ class _Compiler:
         if head in SAME and "cc" not in parts:
             return None, self.simple(parts, operands, SAME[head])
         if head in LEAST:
-            return None, self.simple(parts, operands, LEAST[head]["NaN" not in parts and self._real(parts)])
+            two = LEAST[head]["NaN" not in parts and self._real(parts)]
+            return None, self.simple(parts, operands, lambda *numbers: functools.reduce(two, numbers))
         handler = getattr(self, f"_{head}", None)
         if handler is None:
             raise Unknown(instruction.text)
@@ -208,12 +210,19 @@ class _Compiler:
     def simple(self, parts: list[str], operands: list[str], function: Callable, kind: str | None = None) -> Step:
         """All operands and the result of the last part's kind; `.ftz` flushes numbers before and after."""
         kind = kind or parts[-1]
+        if isinstance(function, np.ufunc) and function.nin != len(operands) - 1:  # one more would be its result's place
+            raise Unknown(f"{'.'.join(parts)} of {len(operands) - 1} operands")
         if "ftz" in parts:
             plain = function
 
             def function(*values: Array) -> Array:
                 return flushed(plain(*[flushed(value) for value in values]))
 
+        if kind == "f32x2":  # two numbers a register
+            pairs = [self.source(x, "u64") for x in operands[1:]]
+            return self.apply(
+                operands[0], "u64", lambda *x: function(*[v.view(np.float32) for v in x]).view(np.uint64), *pairs
+            )
         return self.apply(operands[0], kind, function, *[self.source(x, kind) for x in operands[1:]])
 
     # Moves.
@@ -304,7 +313,7 @@ class _Compiler:
     # Arithmetic.
 
     def _real(self, parts: list[str]) -> bool:
-        return parts[-1] in ("f16", "bf16", "f32", "f64")
+        return parts[-1] in ("f16", "bf16", "f32", "f64", "f32x2")
 
     def _add(self, parts: list[str], operands: list[str]) -> Step:
         return self._carried(parts, operands, lambda a, b, carry: a + b)
@@ -373,8 +382,9 @@ class _Compiler:
         return self.apply(operands[0], kind, high64, a, b, *rest)
 
     def _fma(self, parts: list[str], operands: list[str]) -> Step:
-        wide = {"f32": np.float64, "f64": np.longdouble, "f16": np.float32, "bf16": np.float32}[parts[-1]]
-        own = NUMBERS[parts[-1]] if parts[-1] != "bf16" else np.float32
+        kind = parts[-1].removesuffix("x2")
+        wide = {"f32": np.float64, "f64": np.longdouble, "f16": np.float32, "bf16": np.float32}[kind]
+        own = NUMBERS[kind] if kind != "bf16" else np.float32
         return self.simple(
             parts, operands, lambda a, b, c: (a.astype(wide) * b.astype(wide) + c.astype(wide)).astype(own)
         )
