@@ -50,7 +50,7 @@ def register(
     fake: Callable[..., Any],
     kernel: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., None] | None = None,
+    setup_context: Callable[..., None] = lambda ctx, inputs, output: None,
     autocast: int = 0,
 ) -> None:
     """Define an opaque operation for CPU and CUDA; `fake` gives the shapes of its results.
@@ -68,7 +68,7 @@ def register(
         _library.impl(name, _autocast_rule(name, device.lower(), autocast), f"Autocast{device}")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+        _library.impl(name, _differentiated(name, backward, setup_context), "Autograd")
 
 
 def register_composite(schema: str, reference: Callable[..., Any], *, kernel: Callable[..., Any] | None = None) -> None:
@@ -93,6 +93,28 @@ def register_factory(schema: str, implementation: Callable[..., Any], *, fake: C
 def _dispatching(name: str, reference: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         return (kernel if _by_kernel(name, args[0]) else reference)(*args)
+
+    return run
+
+
+def _differentiated(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+    """What `torch.library.register_autograd` makes, in half of its time: a small call is mostly this."""
+    operation = getattr(ops, name).default
+
+    def below(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation(*args)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        result = below(*args)
+        setup_context(ctx, args, result)
+        return result
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+
+    def run(*args: Any) -> Any:
+        return function.apply(*args) if torch.is_grad_enabled() and torch._C._any_requires_grad(*args) else below(*args)
 
     return run
 
