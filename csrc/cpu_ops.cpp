@@ -1,4 +1,4 @@
-// The operations of ops.cpp for CPU tensors, all bfloat16.
+// The operations of ops.cpp for CPU tensors: in bfloat16, but for the selection, which is of float32.
 #include <optional>
 #include <vector>
 
@@ -8,6 +8,7 @@
 #include "amx.h"
 #include "amx_attention.h"
 #include "amx_conv3d.h"
+#include "topk.h"
 
 namespace vmae {
 namespace {
@@ -71,6 +72,24 @@ void attention_backward_cpu(Tensor dq, Tensor dk, Tensor dv, const Tensor grad, 
                          static_cast<const float*>(lse.data_ptr()), rows(dq), rows(dk), rows(dv));
 }
 
+// `scores` [rows, n], contiguous.
+void topk_cpu(Tensor selected, const std::optional<Tensor> rest, const Tensor scores, int64_t k) {
+  topk(static_cast<const float*>(scores.data_ptr()), scores.size(0), scores.size(1), k,
+       static_cast<int64_t*>(selected.mutable_data_ptr()),
+       rest ? static_cast<int64_t*>(rest->mutable_data_ptr()) : nullptr);
+}
+
+void topk_mask_cpu(Tensor mask, const Tensor scores, int64_t k) {
+  topk_mask(static_cast<const float*>(scores.data_ptr()), scores.size(0), scores.size(1), k,
+            static_cast<uint8_t*>(mask.mutable_data_ptr()));
+}
+
+// `out` [4, blocks, rows, n].
+void random_bits_cpu(Tensor out, int64_t seed, int64_t stream, int64_t block, int64_t row) {
+  random_bits(seed, stream, block, out.size(1), row, out.size(2), out.size(3),
+              static_cast<float*>(out.mutable_data_ptr()));
+}
+
 }  // namespace
 }  // namespace vmae
 
@@ -80,4 +99,7 @@ STABLE_TORCH_LIBRARY_IMPL(vmae_csrc, CPU, m) {
   m.impl("weight_gradient", TORCH_BOX(&vmae::weight_gradient_cpu));
   m.impl("attention", TORCH_BOX(&vmae::attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&vmae::attention_backward_cpu));
+  m.impl("topk", TORCH_BOX(&vmae::topk_cpu));
+  m.impl("topk_mask", TORCH_BOX(&vmae::topk_mask_cpu));
+  m.impl("random_bits", TORCH_BOX(&vmae::random_bits_cpu));
 }

@@ -43,6 +43,21 @@ def _by_kernel(operation: str, x: Tensor) -> bool:
     return reason is None
 
 
+def compiled(operation: str, why_not: Callable[[], str | None]) -> bool:
+    """Whether VMAE_KERNELS gives a call to the compiled extension, unless there is a reason why not.
+
+    Raises:
+        ValueError: it asks for what cannot be.
+    """
+    choice = chosen()
+    if choice == "torch":
+        return False
+    reason = why_not()
+    if choice == "csrc" and reason:
+        raise ValueError(f"VMAE_KERNELS=csrc: {operation} expected {reason}")
+    return reason is None
+
+
 def register(
     schema: str,
     reference: Callable[..., Any],

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,8 +56,8 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
         return torch.full(scores.shape, k > 0, dtype=torch.bool, device=scores.device)
     if scores.is_cpu:
         threshold = scores.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        mask = scores >= threshold
-        if bool((mask.sum(-1) == k).all()):  # else there are ties at the threshold, or NaN, which it is then too
+        mask = (scores < threshold).logical_not_()  # k of each row at least, all where there is NaN
+        if int(mask.count_nonzero()) == mask.numel() // n * k:  # else there are ties at the threshold
             return mask
     keys = ordered_keys(scores)
     # Not kthvalue: on CUDA it is refused where deterministic algorithms are asked for.
@@ -110,21 +110,25 @@ def _rows(x: Tensor) -> Tensor:
     return rows_of(x).to(_compute_dtype(x.dtype))
 
 
-def soft_topk(scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
+def soft_topk(
+    scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int, mask: Callable = topk_mask
+) -> Tensor:
     rows = _rows(scores)
     total = torch.zeros_like(rows)
     for _, noisy in _perturbed(rows, sigma, samples, seed, row):
-        total += topk_mask(noisy, k).sum(0)
+        total += mask(noisy, k).sum(0)
     return (total / samples).to(scores.dtype).reshape(scores.shape)
 
 
-def soft_topk_backward(grad: Tensor, scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
+def soft_topk_backward(
+    grad: Tensor, scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int, mask: Callable = topk_mask
+) -> Tensor:
     rows, weight = _rows(scores), _rows(grad)
     # The control variate: the product at zero noise has mean zero once multiplied by z, and most of the variance.
-    unperturbed = (weight * topk_mask(rows, k)).sum(-1, keepdim=True)
+    unperturbed = (weight * mask(rows, k)).sum(-1, keepdim=True)
     total = torch.zeros_like(rows)
     for z, noisy in _perturbed(rows, sigma, samples, seed, row):
-        factors = (weight * topk_mask(noisy, k)).sum(-1, keepdim=True) - unperturbed
+        factors = (weight * mask(noisy, k)).sum(-1, keepdim=True) - unperturbed
         for factor, one in zip(factors, z, strict=True):  # in their order, however many came together
             total.addcmul_(factor, one)
     return (total / (samples * sigma)).to(scores.dtype).reshape(scores.shape)
