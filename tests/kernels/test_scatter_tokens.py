@@ -118,6 +118,19 @@ def test_gradcheck():
     assert torch.autograd.gradgradcheck(lambda y, fill: scatter_tokens(y, indices, 5, fill=fill).square(), (y, fill))
 
 
+@pytest.mark.parametrize("b", [1, 8, 9])
+@pytest.mark.parametrize("fill", [0.5, "vector"])
+def test_few_rows_and_many(b, fill):
+    y, indices = rand(b, 3, 4), distinct(b, 3, 7)
+    fill = rand(4, seed=1) if fill == "vector" else fill
+    assert torch.equal(scatter_tokens(y, indices, 7, fill=fill), oracle(y, indices, 7, fill))
+    for row, bad in ((0, 7), (0, -1), (b - 1, 7), (b - 1, -1)):
+        wrong = indices.clone()
+        wrong[row, 1] = bad
+        with pytest.raises(ValueError, match=rf"indices: expected values in \[0, 7\), got {bad}"):
+            scatter_tokens(y, wrong, 7, fill=fill)
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("bad", [-1, 6, 2**31 - 1])
 def test_out_of_range(bad, index_dtype):
