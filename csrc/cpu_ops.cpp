@@ -1,4 +1,6 @@
 // The operations of ops.cpp for CPU tensors: in bfloat16, but for the selection, of float32, and rows of any numbers.
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cstring>
 #include <optional>
@@ -115,6 +117,17 @@ bool gather_cpu(Tensor y, const Tensor x, const Tensor indices) {
   return wide ? gather<int64_t>(y, x, indices) : gather<int32_t>(y, x, indices);
 }
 
+// Before anything is written to x: memory that is new to the process comes in pages of 2 MiB, not one fault each 4 KiB.
+void huge_pages_cpu(Tensor x) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = 2 << 20;
+  const auto address = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (address + x.numel() * x.element_size()) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // which may be refused
+#endif
+}
+
 // `out` [4, blocks, rows, n].
 void random_bits_cpu(Tensor out, int64_t seed, int64_t stream, int64_t block, int64_t row) {
   random_bits(seed, stream, block, out.size(1), row, out.size(2), out.size(3),
@@ -132,6 +145,7 @@ STABLE_TORCH_LIBRARY_IMPL(vmae_csrc, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&vmae::attention_backward_cpu));
   m.impl("topk", TORCH_BOX(&vmae::topk_cpu));
   m.impl("topk_mask", TORCH_BOX(&vmae::topk_mask_cpu));
+  m.impl("huge_pages", TORCH_BOX(&vmae::huge_pages_cpu));
   m.impl("gather", TORCH_BOX(&vmae::gather_cpu));
   m.impl("random_bits", TORCH_BOX(&vmae::random_bits_cpu));
 }

@@ -36,6 +36,7 @@ STABLE_TORCH_LIBRARY(vmae_csrc, m) {
   m.def("topk_mask(Tensor(a!) mask, Tensor scores, int k) -> ()");
   m.def("random_bits(Tensor(a!) out, int seed, int stream, int block, int row) -> ()");
   m.def("gather(Tensor(a!) y, Tensor x, Tensor indices) -> bool");
+  m.def("huge_pages(Tensor(a!) x) -> ()");
   m.def("facts() -> str");
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _triton
+from . import _csrc, _triton
 
 # The name that this package was imported by, so that copies of it do not meet.
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
@@ -56,6 +56,16 @@ def compiled(operation: str, why_not: Callable[[], str | None]) -> bool:
     if choice == "csrc" and reason:
         raise ValueError(f"VMAE_KERNELS=csrc: {operation} expected {reason}")
     return reason is None
+
+
+_NEW = 1 << 25  # bytes: from here on glibc takes a tensor's memory from the system, and gives it back
+
+
+def in_huge_pages(x: Tensor) -> Tensor:
+    """x, of which nothing was written yet: the extension asks for memory that costs less to be written first."""
+    if x.is_cpu and x.nbytes >= _NEW and chosen() != "torch" and not _csrc.missing():
+        _csrc.ops.huge_pages(x)
+    return x
 
 
 def register(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight, conv3d_input, conv3d_weight
 
-from ._library import ops
+from ._library import in_huge_pages, ops
 from .philox import normals_of_blocks
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -201,8 +201,8 @@ def gather_tokens_backward(grad: Tensor, indices: Tensor, n: int, unique: bool) 
     b, _, d = grad.shape
     if unique:
         check_distinct(indices, n, always=False)
-        return _placed(grad, indices, grad.new_zeros(b, n, d))
-    total = torch.zeros(b, n, d, dtype=_compute_dtype(grad.dtype), device=grad.device)
+        return _placed(grad, indices, in_huge_pages(grad.new_empty(b, n, d)).zero_())
+    total = in_huge_pages(grad.new_empty(b, n, d, dtype=_compute_dtype(grad.dtype))).zero_()
     flat, rows = _flat(in_range(indices, n), n), grad.flatten(0, 1).to(total.dtype)
     if grad.is_cpu:
         total.view(b * n, d).index_add_(0, flat, rows)
@@ -226,8 +226,8 @@ def _placed(rows: Tensor, indices: Tensor, x: Tensor) -> Tensor:
 def scatter_tokens(y: Tensor, indices: Tensor, n: int, fill: Tensor | None, value: float) -> Tensor:
     b, _, d = y.shape
     check_distinct(indices, n)
-    x = y.new_full((b, n, d), value) if fill is None else fill.to(y.dtype).expand(b, n, d).contiguous()
-    return _placed(y, indices, x)
+    x = in_huge_pages(y.new_empty(b, n, d))
+    return _placed(y, indices, x.fill_(value) if fill is None else x.copy_(fill))
 
 
 def scatter_tokens_fill_backward(grad: Tensor, indices: Tensor) -> Tensor:

@@ -118,6 +118,16 @@ def test_gradcheck():
     assert torch.autograd.gradgradcheck(lambda y, fill: scatter_tokens(y, indices, 5, fill=fill).square(), (y, fill))
 
 
+def test_more_memory_than_is_kept():
+    """From 32 MiB on it is new to the process, and may come in huge pages."""
+    n, d = 9001, 1000
+    y, indices, fill = rand(1, 5, d), torch.tensor([[0, 9000, 3, 4500, 77]]), rand(d, seed=1)
+    x = scatter_tokens(y, indices, n, fill=fill)
+    assert torch.equal(x, oracle(y, indices, n, fill))
+    (grad,) = torch.autograd.grad(gather_tokens(x.requires_grad_(), indices), x, y)
+    assert torch.equal(grad, oracle(y, indices, n, 0.0))
+
+
 @pytest.mark.parametrize("b", [1, 8, 9])
 @pytest.mark.parametrize("fill", [0.5, "vector"])
 def test_few_rows_and_many(b, fill):
