@@ -659,4 +659,5 @@ def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
 def fsq_backward(grad: Tensor, z: Tensor, levels: Sequence[int]) -> Tensor:
     half, _, shift, width = _fsq_constants(levels, z)
     tanh = (z.to(_compute_dtype(z.dtype)) + shift).tanh_()
-    return torch.ops.aten.tanh_backward(grad.to(tanh.dtype), tanh).mul_(half / width).to(z.dtype)
+    slope = torch.ops.aten.tanh_backward.grad_input(grad.to(tanh.dtype), tanh, grad_input=tanh)
+    return slope.mul_(half / width).to(z.dtype)
