@@ -1,4 +1,8 @@
-// The operations of ops.cpp for CPU tensors, all bfloat16.
+// The operations of ops.cpp for CPU tensors: in bfloat16, but for the selection, of float32, and rows of any numbers.
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -8,6 +12,8 @@
 #include "amx.h"
 #include "amx_attention.h"
 #include "amx_conv3d.h"
+#include "parallel.h"
+#include "topk.h"
 
 namespace vmae {
 namespace {
@@ -71,6 +77,63 @@ void attention_backward_cpu(Tensor dq, Tensor dk, Tensor dv, const Tensor grad, 
                          static_cast<const float*>(lse.data_ptr()), rows(dq), rows(dk), rows(dv));
 }
 
+// `scores` [rows, n], contiguous.
+void topk_cpu(Tensor selected, const std::optional<Tensor> rest, const Tensor scores, int64_t k) {
+  topk(static_cast<const float*>(scores.data_ptr()), scores.size(0), scores.size(1), k,
+       static_cast<int64_t*>(selected.mutable_data_ptr()),
+       rest ? static_cast<int64_t*>(rest->mutable_data_ptr()) : nullptr);
+}
+
+void topk_mask_cpu(Tensor mask, const Tensor scores, int64_t k) {
+  topk_mask(static_cast<const float*>(scores.data_ptr()), scores.size(0), scores.size(1), k,
+            static_cast<uint8_t*>(mask.mutable_data_ptr()));
+}
+
+// y[b, i] = x[b, indices[b, i]], of rows that lie together; whether all indices lie in [0, N).
+template <class Index>
+bool gather(Tensor& y, const Tensor& x, const Tensor& indices) {
+  const int64_t n = x.size(1), k = y.size(1), size = x.element_size(), bytes = x.size(2) * size;
+  const int64_t batch = x.stride(0) * size, token = x.stride(1) * size;
+  const int64_t index_batch = indices.stride(0), index_token = indices.stride(1);
+  const char* from = static_cast<const char*>(x.data_ptr());
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  const Index* index = static_cast<const Index*>(indices.data_ptr());
+  std::atomic<bool> fine = true;
+  parallel(y.size(0) * k, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = index[i / k * index_batch + i % k * index_token];
+      if (row < 0 || row >= n) {
+        fine = false;
+        return;
+      }
+      std::memcpy(to + i * bytes, from + i / k * batch + row * token, bytes);
+    }
+  });
+  return fine;
+}
+
+bool gather_cpu(Tensor y, const Tensor x, const Tensor indices) {
+  const bool wide = indices.scalar_type() == torch::headeronly::ScalarType::Long;
+  return wide ? gather<int64_t>(y, x, indices) : gather<int32_t>(y, x, indices);
+}
+
+// Before anything is written to x: memory that is new to the process comes in pages of 2 MiB, not one fault each 4 KiB.
+void huge_pages_cpu(Tensor x) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = 2 << 20;
+  const auto address = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (address + x.numel() * x.element_size()) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // which may be refused
+#endif
+}
+
+// `out` [4, blocks, rows, n].
+void random_bits_cpu(Tensor out, int64_t seed, int64_t stream, int64_t block, int64_t row) {
+  random_bits(seed, stream, block, out.size(1), row, out.size(2), out.size(3),
+              static_cast<float*>(out.mutable_data_ptr()));
+}
+
 }  // namespace
 }  // namespace vmae
 
@@ -80,4 +143,9 @@ STABLE_TORCH_LIBRARY_IMPL(vmae_csrc, CPU, m) {
   m.impl("weight_gradient", TORCH_BOX(&vmae::weight_gradient_cpu));
   m.impl("attention", TORCH_BOX(&vmae::attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&vmae::attention_backward_cpu));
+  m.impl("topk", TORCH_BOX(&vmae::topk_cpu));
+  m.impl("topk_mask", TORCH_BOX(&vmae::topk_mask_cpu));
+  m.impl("huge_pages", TORCH_BOX(&vmae::huge_pages_cpu));
+  m.impl("gather", TORCH_BOX(&vmae::gather_cpu));
+  m.impl("random_bits", TORCH_BOX(&vmae::random_bits_cpu));
 }

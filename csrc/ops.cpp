@@ -32,6 +32,11 @@ STABLE_TORCH_LIBRARY(vmae_csrc, m) {
   m.def(
       "attention_backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor grad, Tensor q, Tensor k, Tensor v, "
       "Tensor o, Tensor lse, float scale) -> ()");
+  m.def("topk(Tensor(a!) selected, Tensor(b!)? rest, Tensor scores, int k) -> ()");
+  m.def("topk_mask(Tensor(a!) mask, Tensor scores, int k) -> ()");
+  m.def("random_bits(Tensor(a!) out, int seed, int stream, int block, int row) -> ()");
+  m.def("gather(Tensor(a!) y, Tensor x, Tensor indices) -> bool");
+  m.def("huge_pages(Tensor(a!) x) -> ()");
   m.def("facts() -> str");
 }
 

@@ -13,14 +13,14 @@ def sizes(name: str, x: Tensor, letters: str, **known: int) -> tuple[int, ...]:
     """The sizes of `x`, whose dimensions are named by `letters` ("B N D"); those in `known` must match."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor [{', '.join(letters.split())}], got {type(x).__name__}")
-    names = letters.split()
-    wanted = f"[{', '.join(names)}]"
-    if x.ndim != len(names):
-        raise ValueError(f"{name}: expected shape {wanted}, got {list(x.shape)}")
-    for letter, size in zip(names, x.shape, strict=True):
-        if letter in known and size != known[letter]:
-            raise ValueError(f"{name}: expected shape {wanted} with {letter} = {known[letter]}, got {list(x.shape)}")
-    return tuple(x.shape)
+    names, shape = letters.split(), tuple(x.shape)
+    if len(shape) != len(names):
+        raise ValueError(f"{name}: expected shape [{', '.join(names)}], got {list(shape)}")
+    for letter, size in known.items():
+        if shape[names.index(letter)] != size:
+            wanted = f"[{', '.join(names)}] with {letter} = {size}"
+            raise ValueError(f"{name}: expected shape {wanted}, got {list(shape)}")
+    return shape
 
 
 def dtype_in(name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:

@@ -33,6 +33,10 @@ def facts() -> dict[str, Any]:
     return {"missing": problem} if problem else json.loads(ops.facts())
 
 
+def missing() -> str | None:
+    return facts().get("missing")
+
+
 def occupancy() -> list[dict[str, Any]]:
     """The compiled kernels on the current CUDA device: tile, registers, memory and blocks of a multiprocessor.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _triton
+from . import _csrc, _triton
 
 # The name that this package was imported by, so that copies of it do not meet.
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
@@ -43,6 +43,31 @@ def _by_kernel(operation: str, x: Tensor) -> bool:
     return reason is None
 
 
+def compiled(operation: str, why_not: Callable[[], str | None]) -> bool:
+    """Whether VMAE_KERNELS gives a call to the compiled extension, unless there is a reason why not.
+
+    Raises:
+        ValueError: it asks for what cannot be.
+    """
+    choice = chosen()
+    if choice == "torch":
+        return False
+    reason = why_not()
+    if choice == "csrc" and reason:
+        raise ValueError(f"VMAE_KERNELS=csrc: {operation} expected {reason}")
+    return reason is None
+
+
+_NEW = 1 << 25  # bytes: from here on glibc takes a tensor's memory from the system, and gives it back
+
+
+def in_huge_pages(x: Tensor) -> Tensor:
+    """x, of which nothing was written yet: the extension asks for memory that costs less to be written first."""
+    if x.is_cpu and x.nbytes >= _NEW and chosen() != "torch" and not _csrc.missing():
+        _csrc.ops.huge_pages(x)
+    return x
+
+
 def register(
     schema: str,
     reference: Callable[..., Any],
@@ -50,7 +75,7 @@ def register(
     fake: Callable[..., Any],
     kernel: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., None] | None = None,
+    setup_context: Callable[..., None] = lambda ctx, inputs, output: None,
     autocast: int = 0,
 ) -> None:
     """Define an opaque operation for CPU and CUDA; `fake` gives the shapes of its results.
@@ -68,7 +93,7 @@ def register(
         _library.impl(name, _autocast_rule(name, device.lower(), autocast), f"Autocast{device}")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+        _library.impl(name, _differentiated(name, backward, setup_context), "Autograd")
 
 
 def register_composite(schema: str, reference: Callable[..., Any], *, kernel: Callable[..., Any] | None = None) -> None:
@@ -93,6 +118,28 @@ def register_factory(schema: str, implementation: Callable[..., Any], *, fake: C
 def _dispatching(name: str, reference: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         return (kernel if _by_kernel(name, args[0]) else reference)(*args)
+
+    return run
+
+
+def _differentiated(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+    """What `torch.library.register_autograd` makes, in half of its time: a small call is mostly this."""
+    operation = getattr(ops, name).default
+
+    def below(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation(*args)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        result = below(*args)
+        setup_context(ctx, args, result)
+        return result
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+
+    def run(*args: Any) -> Any:
+        return function.apply(*args) if torch.is_grad_enabled() and torch._C._any_requires_grad(*args) else below(*args)
 
     return run
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _csrc, reference
 from ._checks import FLOATS, INTEGERS, count, dtype_in, same_device, same_dtype, sizes
-from ._library import chosen, ops, register, register_composite
+from ._library import compiled, ops, register, register_composite
 from ._triton import architecture, jit, on_device, power_of_2, tl
 from ._tuning import Configuration, launch
 from .gather_tokens import place
@@ -375,13 +375,10 @@ def _compiled(q: Tensor) -> bool:
     Raises:
         ValueError: VMAE_KERNELS=csrc, and it cannot.
     """
-    choice, facts = chosen(), _csrc.facts()
-    if choice == "torch" or q.dtype != torch.bfloat16 or not q.numel():  # the extension has no other
+    if q.dtype != torch.bfloat16 or not q.numel():  # the extension has no other
         return False
-    reason = facts.get("missing") or (None if facts["amx"] else "a processor with Intel AMX")
-    if choice == "csrc" and reason:
-        raise ValueError(f"VMAE_KERNELS=csrc: attention expected {reason}")
-    return reason is None
+    amx = "a processor with Intel AMX"
+    return compiled("attention", lambda: _csrc.missing() or (None if _csrc.facts()["amx"] else amx))
 
 
 def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

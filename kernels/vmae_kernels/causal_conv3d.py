@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _csrc, reference
 from ._checks import FLOATS, dtype_in, same_device, same_dtype, sizes
-from ._library import chosen, ops, register
+from ._library import compiled, ops, register
 
 LAST = torch.channels_last_3d
 
@@ -57,13 +57,7 @@ def _compiled(x: Tensor, weight: Tensor | Sequence[int], stride: Sequence[int]) 
     Raises:
         ValueError: VMAE_KERNELS=csrc, and it cannot.
     """
-    choice = chosen()
-    if choice == "torch":
-        return False
-    reason = _why_not(x, weight, stride)
-    if choice == "csrc" and reason:
-        raise ValueError(f"VMAE_KERNELS=csrc: causal_conv3d expected {reason}")
-    return reason is None
+    return compiled("causal_conv3d", lambda: _why_not(x, weight, stride))
 
 
 def _exact() -> bool:

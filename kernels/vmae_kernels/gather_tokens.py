@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _csrc, reference
 from ._checks import INTEGERS, dtype_in, same_device, sizes
-from ._library import ops, register
+from ._library import compiled, ops, register
 from ._triton import bits, jit, on_device, power_of_2, tl
 from ._tuning import Configuration, Limits, launch
 
@@ -181,6 +181,17 @@ def _fake_backward(grad: Tensor, indices: Tensor, n: int, unique: bool) -> Tenso
     return grad.new_empty((grad.shape[0], n, grad.shape[2]))
 
 
+def _gather(x: Tensor, indices: Tensor, unique: bool) -> Tensor:
+    if not x.is_cpu or x.stride(2) != 1 or not compiled("gather_tokens", _csrc.missing):
+        return reference.gather_tokens(x, indices, unique)
+    if unique:
+        reference.check_distinct(indices, x.shape[1], always=False)
+    y = _fake(x, indices, unique)
+    if not _csrc.ops.gather(y, x, indices):
+        reference.check_range(indices, x.shape[1])  # raises
+    return y
+
+
 def _setup_context(ctx, inputs, output) -> None:
     x, indices, ctx.unique = inputs
     ctx.n = x.shape[1]
@@ -204,7 +215,7 @@ def _backward_backward(ctx, grad: Tensor):
 
 register(
     "gather_tokens(Tensor x, Tensor indices, bool unique) -> Tensor",
-    reference.gather_tokens,
+    _gather,
     kernel=_launch,
     fake=_fake,
     backward=_backward,

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from ._library import ops, register_factory
+from . import _csrc
+from ._library import compiled, ops, register_factory
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -45,8 +46,8 @@ def _words(
     element = torch.arange(n, device=device)
     number = torch.arange(row, row + rows, device=device)[:, None]
     block = torch.arange(blocks.start, blocks.stop, device=device)[:, None, None]
-    element, number, block = torch.broadcast_tensors(element, number, block)
-    return philox((element, number, block, torch.full_like(element, stream)), seed)
+    # Of these sizes for as long as they can be: two of the rounds cost next to nothing.
+    return philox((element, number, block, torch.full((), stream, device=device)), seed)
 
 
 def _random_words(
@@ -88,18 +89,29 @@ def normals(
     rows: int, n: int, *, seed: int, block: int, device: torch.device, stream: int = STREAM_NOISE, row: int = 0
 ) -> Tensor:
     """[4, rows, n] float32 standard normals (Box-Muller): samples 4 * block to 4 * block + 3 of every element."""
-    return _box_muller(random_words(rows, n, seed=seed, block=block, stream=stream, device=device, row=row))
+    return _box_muller(
+        _upper_bits(random_words(rows, n, seed=seed, block=block, stream=stream, device=device, row=row))
+    )
 
 
 def normals_of_blocks(rows: int, n: int, *, seed: int, blocks: range, device: torch.device, row: int) -> Tensor:
-    """`normals` of consecutive blocks, one behind the other: [4 * blocks, rows, n]. Not for what is compiled."""
-    return _box_muller(_words(rows, n, blocks, seed, STREAM_NOISE, row, device)).transpose(0, 1).flatten(0, 1)
+    """`normals` of consecutive blocks, one behind the other: [4 * blocks, rows, n]; seed: of 64 bits, signed. Not for
+    what torch.compile sees."""
+    if device.type == "cpu" and compiled("soft_topk", _csrc.missing):
+        bits = torch.empty(4, len(blocks), rows, n)
+        _csrc.ops.random_bits(bits, seed, STREAM_NOISE, blocks.start, row)
+    else:
+        bits = _upper_bits(_words(rows, n, blocks, seed, STREAM_NOISE, row, device))
+    return _box_muller(bits).transpose(0, 1).flatten(0, 1)
 
 
-def _box_muller(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    # 24 bits fill a float32 exactly; the logarithm's argument lies in (0, 1].
-    u0, u1, u2, u3 = ((word >> 8).float() for word in words)
-    radius0 = (-2 * ((u0 + 1) * 2.0**-24).log()).sqrt()
-    radius1 = (-2 * ((u2 + 1) * 2.0**-24).log()).sqrt()
-    angle0, angle1 = u1 * (2 * math.pi * 2.0**-24), u3 * (2 * math.pi * 2.0**-24)
-    return torch.stack((radius0 * angle0.cos(), radius0 * angle0.sin(), radius1 * angle1.cos(), radius1 * angle1.sin()))
+def _upper_bits(words: tuple[Tensor, ...]) -> Tensor:
+    """24 bits, which fill a float32 exactly."""
+    return torch.stack([(word >> 8).float() for word in words])
+
+
+def _box_muller(bits: Tensor) -> Tensor:
+    """[4, ...] of 24 bits, which are overwritten."""
+    radius = bits[0::2].add_(1).mul_(2.0**-24).log_().mul_(-2).sqrt_()  # of a number in (0, 1]
+    angle = bits[1::2].mul_(2 * math.pi * 2.0**-24)
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), 1).flatten(0, 1)

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight, conv3d_input, conv3d_weight
 
-from ._library import ops
+from ._library import in_huge_pages, ops
 from .philox import normals_of_blocks
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -56,8 +56,8 @@ def topk_mask(scores: Tensor, k: int) -> Tensor:
         return torch.full(scores.shape, k > 0, dtype=torch.bool, device=scores.device)
     if scores.is_cpu:
         threshold = scores.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        mask = scores >= threshold
-        if bool((mask.sum(-1) == k).all()):  # else there are ties at the threshold, or NaN, which it is then too
+        mask = (scores < threshold).logical_not_()  # k of each row at least, all where there is NaN
+        if int(mask.count_nonzero()) == mask.numel() // n * k:  # else there are ties at the threshold
             return mask
     keys = ordered_keys(scores)
     # Not kthvalue: on CUDA it is refused where deterministic algorithms are asked for.
@@ -110,21 +110,25 @@ def _rows(x: Tensor) -> Tensor:
     return rows_of(x).to(_compute_dtype(x.dtype))
 
 
-def soft_topk(scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
+def soft_topk(
+    scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int, mask: Callable = topk_mask
+) -> Tensor:
     rows = _rows(scores)
     total = torch.zeros_like(rows)
     for _, noisy in _perturbed(rows, sigma, samples, seed, row):
-        total += topk_mask(noisy, k).sum(0)
+        total += mask(noisy, k).sum(0)
     return (total / samples).to(scores.dtype).reshape(scores.shape)
 
 
-def soft_topk_backward(grad: Tensor, scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int) -> Tensor:
+def soft_topk_backward(
+    grad: Tensor, scores: Tensor, k: int, sigma: float, samples: int, seed: int, row: int, mask: Callable = topk_mask
+) -> Tensor:
     rows, weight = _rows(scores), _rows(grad)
     # The control variate: the product at zero noise has mean zero once multiplied by z, and most of the variance.
-    unperturbed = (weight * topk_mask(rows, k)).sum(-1, keepdim=True)
+    unperturbed = (weight * mask(rows, k)).sum(-1, keepdim=True)
     total = torch.zeros_like(rows)
     for z, noisy in _perturbed(rows, sigma, samples, seed, row):
-        factors = (weight * topk_mask(noisy, k)).sum(-1, keepdim=True) - unperturbed
+        factors = (weight * mask(noisy, k)).sum(-1, keepdim=True) - unperturbed
         for factor, one in zip(factors, z, strict=True):  # in their order, however many came together
             total.addcmul_(factor, one)
     return (total / (samples * sigma)).to(scores.dtype).reshape(scores.shape)
@@ -153,7 +157,12 @@ def check_distinct(indices: Tensor, n: int, *, always: bool = True) -> None:
     """
     if _looked_at(indices) and (always or os.environ.get("VMAE_CHECK", "0") == "1"):
         there = torch.zeros(indices.shape[0], n, dtype=torch.bool, device=indices.device)
-        if int(there.scatter_(1, indices.long(), True).sum()) != indices.numel():
+        try:
+            there.scatter_(1, indices.long() if indices.is_cpu else in_range(indices, n), True)
+        except RuntimeError:  # that an index lies outside is found on the way
+            check_range(indices, n)
+            raise
+        if int(there.count_nonzero()) != indices.numel():
             raise ValueError("indices: expected distinct values in each row, got a value twice")
 
 
@@ -163,41 +172,62 @@ def in_range(indices: Tensor, n: int) -> Tensor:
     return indices.to(torch.int64) if indices.is_cpu else indices.to(torch.int64).clamp(0, max(n - 1, 0))
 
 
+_FEW = 8  # rows: a call for each of them takes less than a flat index, which has to be checked, too
+
+
 def _flat(indices: Tensor, n: int) -> Tensor:
     """Indices [B, K] into the rows of [B, N, D], as indices [B * K] into the rows of [B * N, D]."""
     offsets = torch.arange(0, indices.shape[0] * max(n, 1), max(n, 1), device=indices.device)
-    return (in_range(indices, n) + offsets[:, None]).flatten()
+    return (indices + offsets[:, None]).flatten()
 
 
 def gather_tokens(x: Tensor, indices: Tensor, unique: bool) -> Tensor:
     b, n, d = x.shape
     if unique:
         check_distinct(indices, n, always=False)
-    if b > 1 and x.stride(0) != n * x.stride(1):  # flattening would copy all of x, to read a part of it
-        return torch.stack([row.index_select(0, index) for row, index in zip(x, in_range(indices, n), strict=True)])
-    return x.flatten(0, 1).index_select(0, _flat(indices, n)).view(b, indices.shape[1], d)
+    if (x.is_cpu and b <= _FEW) or x.stride(0) != n * x.stride(1):  # flattening would copy all of x, to read a part
+        y = x.new_empty(b, indices.shape[1], d)
+        try:
+            for row, index, to in zip(x, indices if x.is_cpu else in_range(indices, n), y, strict=True):
+                torch.index_select(row, 0, index, out=to)
+        except (IndexError, RuntimeError):
+            check_range(indices, n)
+            raise
+        return y
+    return x.flatten(0, 1).index_select(0, _flat(in_range(indices, n), n)).view(b, indices.shape[1], d)
 
 
 def gather_tokens_backward(grad: Tensor, indices: Tensor, n: int, unique: bool) -> Tensor:
-    b, k, d = grad.shape
-    rows, flat = grad.reshape(b * k, d), _flat(indices, n)
+    b, _, d = grad.shape
     if unique:
         check_distinct(indices, n, always=False)
-        return grad.new_zeros(b * n, d).index_copy_(0, flat, rows).view(b, n, d)
-    total = torch.zeros(b * n, d, dtype=_compute_dtype(grad.dtype), device=grad.device)
+        return _placed(grad, indices, in_huge_pages(grad.new_empty(b, n, d)).zero_())
+    total = in_huge_pages(grad.new_empty(b, n, d, dtype=_compute_dtype(grad.dtype))).zero_()
+    flat, rows = _flat(in_range(indices, n), n), grad.flatten(0, 1).to(total.dtype)
     if grad.is_cpu:
-        total.index_add_(0, flat, rows.to(total.dtype))
+        total.view(b * n, d).index_add_(0, flat, rows)
     else:  # index_add_ on CUDA adds in any order; this sorts first
-        total.index_put_((flat,), rows.to(total.dtype), accumulate=True)
-    return total.to(grad.dtype).view(b, n, d)
+        total.view(b * n, d).index_put_((flat,), rows, accumulate=True)
+    return total.to(grad.dtype)
+
+
+def _placed(rows: Tensor, indices: Tensor, x: Tensor) -> Tensor:
+    """x [B, N, D] with rows [B, K, D] at distinct indices [B, K], which on a CPU have been checked."""
+    b, n, d = x.shape
+    if x.is_cpu and b <= _FEW:
+        for to, index, some in zip(x, indices.long(), rows, strict=True):
+            to.index_copy_(0, index, some)
+        return x
+    indices = indices if x.is_cpu else in_range(indices, n)
+    x.view(b * n, d).index_copy_(0, _flat(indices, n), rows.flatten(0, 1))
+    return x
 
 
 def scatter_tokens(y: Tensor, indices: Tensor, n: int, fill: Tensor | None, value: float) -> Tensor:
-    b, k, d = y.shape
-    flat = _flat(indices, n)
+    b, _, d = y.shape
     check_distinct(indices, n)
-    x = y.new_full((b * n, d), value) if fill is None else fill.to(y.dtype).expand(b * n, d).contiguous()
-    return x.index_copy_(0, flat, y.reshape(b * k, d)).view(b, n, d)
+    x = in_huge_pages(y.new_empty(b, n, d))
+    return _placed(y, indices, x.fill_(value) if fill is None else x.copy_(fill))
 
 
 def scatter_tokens_fill_backward(grad: Tensor, indices: Tensor) -> Tensor:
@@ -281,11 +311,11 @@ _QUERY_BLOCK = 1024
 
 
 def _kv_rows(x: Tensor, indices: Tensor) -> Tensor:
-    """Rows `indices` [B, S] of x [B, H, N, d], gathered along x's own layout: heads inside tokens, or outside."""
+    """Rows `indices` [B, S] of x [B, H, N, d], of a head side by side: so PyTorch attends to them faster."""
     b, h, _, d = x.shape
     gather = ops.gather_tokens
-    if x.stride(1) < x.stride(2):
-        return gather(x.transpose(1, 2).flatten(2), indices, True).unflatten(2, (h, d)).transpose(1, 2)
+    if b > 1 and x.stride(1) < x.stride(2):  # flattening would copy all of x
+        return gather(x.transpose(1, 2).flatten(2), indices, True).unflatten(2, (h, d)).transpose(1, 2).contiguous()
     return gather(x.flatten(0, 1), indices.repeat_interleave(h, dim=0), True).unflatten(0, (b, h))
 
 
@@ -402,6 +432,12 @@ def _sequences(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max
             yield slice(first, end), slice(first_key, end_key)
 
 
+def _unwritten(x: Tensor, rows: Iterable[slice], dtype: torch.dtype) -> Tensor:
+    """In the shape of x, zeros unless `rows`, which do not overlap, are all of it."""
+    whole = sum(some.stop - some.start for some in rows) == len(x)
+    return (torch.empty if whole else torch.zeros)(x.shape, dtype=dtype, device=x.device)
+
+
 def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)[None]  # [M, H, d] -> [1, H, M, d]
 
@@ -410,10 +446,11 @@ def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """And the log-sum-exp [H, total_q], which is there on a CPU alone."""
-    o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    sequences = [*_sequences(q, k, cu_q, cu_k, max_q, max_k)]
+    o = _unwritten(q, (rows for rows, _ in sequences), q.dtype)
     lse = torch.zeros(q.shape[1], len(q), dtype=_compute_dtype(q.dtype), device=q.device)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    for rows, keys in _sequences(q, k, cu_q, cu_k, max_q, max_k):
+    for rows, keys in sequences:
         parts = (_heads_first(q[rows]), _heads_first(k[keys]), _heads_first(v[keys]))
         if q.is_cpu:
             some, lse[None, :, rows] = ops.attention_cpu(*parts, scale)
@@ -437,10 +474,13 @@ def attention_varlen_backward(
     scale: float | None,
 ) -> tuple[Tensor, ...]:
     wide = _compute_dtype(q.dtype)
-    grads = tuple(torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    sequences = [*_sequences(q, k, cu_q, cu_k, max_q, max_k)]
+    at_once = q.is_cpu and q.dtype != torch.float64  # else gradients of k and v are sums
+    places = [[rows for rows, _ in sequences], *2 * [[keys for _, keys in sequences if at_once]]]
+    grads = tuple(_unwritten(x, written, wide) for x, written in zip((q, k, v), places, strict=True))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    for rows, keys in _sequences(q, k, cu_q, cu_k, max_q, max_k):
-        if q.is_cpu and q.dtype != torch.float64:
+    for rows, keys in sequences:
+        if at_once:
             g, a, b, c, d = (_heads_first(x) for x in (grad[rows], q[rows], k[keys], v[keys], o[rows]))
             some = ops.attention_cpu_backward(g, a, b, c, d, lse[None, :, rows], scale)
             for total, part, place in zip(grads, some, (rows, keys, keys), strict=True):
@@ -606,12 +646,18 @@ def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     # A product with a vector, exact in float64, takes half the time of a sum over the short last dimension.
     places = [math.prod(levels[:i]) for i in range(len(levels))]
     lowest = sum(place * (level // 2) for place, level in zip(places, levels, strict=True))
-    digits, radix = rounded.nan_to_num(0.0).double(), vector(places, torch.float64, z.device)
-    codes = (digits @ radix if z.is_cpu else (digits * radix).sum(-1)) + lowest
-    return (rounded / width).to(z.dtype), codes.to(torch.int32)
+    radix = vector(places, torch.float64, z.device)
+    if z.is_cpu:
+        codes = rounded.double() @ radix
+        if codes.isnan().any():
+            codes = rounded.nan_to_num(0.0).double() @ radix
+    else:
+        codes = (rounded.nan_to_num(0.0).double() * radix).sum(-1)
+    return rounded.div_(width).to(z.dtype), (codes + lowest).to(torch.int32)
 
 
 def fsq_backward(grad: Tensor, z: Tensor, levels: Sequence[int]) -> Tensor:
     half, _, shift, width = _fsq_constants(levels, z)
     tanh = (z.to(_compute_dtype(z.dtype)) + shift).tanh_()
-    return (torch.ops.aten.tanh_backward(grad.to(tanh.dtype), tanh) * (half / width)).to(z.dtype)
+    slope = torch.ops.aten.tanh_backward.grad_input(grad.to(tanh.dtype), tanh, grad_input=tanh)
+    return slope.mul_(half / width).to(z.dtype)

@@ -1,5 +1,6 @@
 """Differentiable top-k: the expected indicator under Gaussian noise."""
 
+import functools
 import math
 
 import torch
@@ -10,7 +11,7 @@ from ._checks import count
 from ._library import ops, register
 from ._triton import jit, power_of_2, tl
 from ._tuning import Configuration, launch
-from .topk import bracket, check_scores, load_keys, normal
+from .topk import bracket, check_scores, load_keys, mask, normal
 
 # --- the kernels -----------------------------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ def _backward(ctx, grad: Tensor):
 _SETTINGS = "Tensor scores, SymInt k, float sigma, SymInt samples, SymInt seed, SymInt row"
 register(
     f"soft_topk({_SETTINGS}) -> Tensor",
-    reference.soft_topk,
+    functools.partial(reference.soft_topk, mask=mask),
     kernel=_launch,
     fake=_fake,
     backward=_backward,
@@ -154,7 +155,7 @@ register(
 )
 register(
     f"soft_topk_backward(Tensor grad, {_SETTINGS}) -> Tensor",
-    reference.soft_topk_backward,
+    functools.partial(reference.soft_topk_backward, mask=mask),
     kernel=_launch_backward,
     fake=_fake_backward,
 )

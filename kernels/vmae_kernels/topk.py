@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _csrc, reference
 from ._checks import FLOATS, count, dtype_in
-from ._library import ops, register
+from ._library import compiled, ops, register
 from ._triton import jit, power_of_2, tl
 from ._tuning import Configuration, launch
 
@@ -159,6 +159,40 @@ def _launch_partition(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _launch(scores, k, rest=True)
 
 
+# --- the compiled one ------------------------------------------------------------------------------------------------
+
+
+def _compiled(scores: Tensor) -> bool:
+    return (
+        scores.is_cpu and scores.dtype == torch.float32 and scores.shape[-1] < 2**31 and compiled("topk", _csrc.missing)
+    )
+
+
+def _topk(scores: Tensor, k: int) -> Tensor:
+    if not _compiled(scores):
+        return reference.topk(scores, k)
+    selected = _fake_topk(scores, k)
+    _csrc.ops.topk(selected, None, reference.rows_of(scores).contiguous(), k)
+    return selected
+
+
+def _partition(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if not _compiled(scores):
+        return reference.topk_partition(scores, k)
+    selected, rest = _fake_partition(scores, k)
+    _csrc.ops.topk(selected, rest, reference.rows_of(scores).contiguous(), k)
+    return selected, rest
+
+
+def mask(scores: Tensor, k: int) -> Tensor:
+    """Boolean mask of the k largest along the last dimension, not for CUDA's kernels."""
+    if not _compiled(scores):
+        return reference.topk_mask(scores, k)
+    chosen = torch.empty(scores.shape, dtype=torch.bool)
+    _csrc.ops.topk_mask(chosen, reference.rows_of(scores).contiguous(), k)
+    return chosen
+
+
 # --- the operation -------------------------------------------------------------------------------------------------
 
 
@@ -170,10 +204,10 @@ def _fake_partition(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _fake_topk(scores, k), _fake_topk(scores, scores.shape[-1] - k)
 
 
-register("topk(Tensor scores, SymInt k) -> Tensor", reference.topk, kernel=_launch_topk, fake=_fake_topk)
+register("topk(Tensor scores, SymInt k) -> Tensor", _topk, kernel=_launch_topk, fake=_fake_topk)
 register(
     "topk_partition(Tensor scores, SymInt k) -> (Tensor, Tensor)",
-    reference.topk_partition,
+    _partition,
     kernel=_launch_partition,
     fake=_fake_partition,
 )

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from vmae_kernels import gather_tokens
+from vmae_kernels import _csrc, gather_tokens
+
+WAYS = ["torch", pytest.param("csrc", marks=pytest.mark.skipif(_csrc.missing() is not None, reason="not built"))]
 
 
 def rand(*shape, seed=0, dtype=torch.float32):
@@ -144,6 +146,35 @@ def test_out_of_range(bad, index_dtype, unique):
     indices = torch.tensor([[0, 1], [3, bad]], dtype=index_dtype)
     with pytest.raises(ValueError, match=rf"{bad}(?s:.*)4|4(?s:.*){bad}"):
         gather_tokens(rand(2, 4, 3), indices, unique=unique)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("b", [1, 3, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64])
+def test_each_way_of_a_cpu(way, index_dtype, b, dtype, monkeypatch):
+    """Few rows and many, side by side or not, by PyTorch or compiled; each finds an index that lies outside."""
+    monkeypatch.setenv("VMAE_KERNELS", way)
+    indices = torch.randint(9, (6, b), generator=torch.Generator().manual_seed(b)).to(index_dtype).T
+    whole = rand(b + 1, 9, 8, seed=1).to(dtype)
+    for x in (whole[1:], whole[1:].conj(), whole[1:, :, 2:7], whole[:-1].transpose(0, 1).contiguous().transpose(0, 1)):
+        assert torch.equal(gather_tokens(x, indices), oracle(x, indices))
+    for x in (whole[1:], whole[1:].mT.contiguous().mT):
+        for row, bad in ((0, 9), (0, -1), (b - 1, 9), (b - 1, -1)):  # in a flat index some are others' rows
+            wrong = indices.clone()
+            wrong[row, 3] = bad
+            with pytest.raises(ValueError, match=rf"indices: expected values in \[0, 9\), got {bad}"):
+                gather_tokens(x, wrong)
+
+
+@pytest.mark.parametrize("b", [1, 3, 30])
+@pytest.mark.parametrize("unique", [False, True])
+def test_gradients_of_few_rows_and_many(b, unique):
+    g = torch.Generator().manual_seed(b)
+    indices = torch.rand(b, 9, generator=g).argsort(1)[:, :6] if unique else torch.randint(9, (b, 6), generator=g)
+    x, grad = rand(b, 9, 4).requires_grad_(), rand(b, 6, 4, seed=1)
+    (got,) = torch.autograd.grad(gather_tokens(x, indices, unique=unique), x, grad)
+    torch.testing.assert_close(got.double(), oracle_gradient(grad, indices, 9), rtol=1e-6, atol=1e-6)
 
 
 def test_no_rows_to_choose_from():

@@ -118,6 +118,29 @@ def test_gradcheck():
     assert torch.autograd.gradgradcheck(lambda y, fill: scatter_tokens(y, indices, 5, fill=fill).square(), (y, fill))
 
 
+def test_more_memory_than_is_kept():
+    """From 32 MiB on it is new to the process, and may come in huge pages."""
+    n, d = 9001, 1000
+    y, indices, fill = rand(1, 5, d), torch.tensor([[0, 9000, 3, 4500, 77]]), rand(d, seed=1)
+    x = scatter_tokens(y, indices, n, fill=fill)
+    assert torch.equal(x, oracle(y, indices, n, fill))
+    (grad,) = torch.autograd.grad(gather_tokens(x.requires_grad_(), indices), x, y)
+    assert torch.equal(grad, oracle(y, indices, n, 0.0))
+
+
+@pytest.mark.parametrize("b", [1, 8, 9])
+@pytest.mark.parametrize("fill", [0.5, "vector"])
+def test_few_rows_and_many(b, fill):
+    y, indices = rand(b, 3, 4), distinct(b, 3, 7)
+    fill = rand(4, seed=1) if fill == "vector" else fill
+    assert torch.equal(scatter_tokens(y, indices, 7, fill=fill), oracle(y, indices, 7, fill))
+    for row, bad in ((0, 7), (0, -1), (b - 1, 7), (b - 1, -1)):
+        wrong = indices.clone()
+        wrong[row, 1] = bad
+        with pytest.raises(ValueError, match=rf"indices: expected values in \[0, 7\), got {bad}"):
+            scatter_tokens(y, wrong, 7, fill=fill)
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("bad", [-1, 6, 2**31 - 1])
 def test_out_of_range(bad, index_dtype):
