@@ -10,20 +10,22 @@ import torch
 
 LIBRARY = Path(__file__).with_name("libvmae_csrc.so")
 ops = torch.ops.vmae_csrc
+OPERATIONS = ("convolve", "input_gradient", "weight_gradient", "attention", "attention_backward", "topk", "topk_mask",
+              "random_bits", "gather", "huge_pages")  # fmt: skip
 
 
 @functools.cache
 def _problem() -> str | None:
     """Why the extension is not there, or None."""
-    if hasattr(ops, "convolve"):  # another copy of this package has loaded its own
-        return None
-    if not LIBRARY.exists():
-        return "the compiled extension, which was not built (VMAE_BUILD=force pip install says why)"
-    try:
-        torch.ops.load_library(LIBRARY)
-    except OSError as error:
-        return f"the compiled extension, which could not be loaded: {error}"
-    return None
+    if not hasattr(ops, "facts"):  # else another copy of this package has loaded its own
+        if not LIBRARY.exists():
+            return "the compiled extension, which was not built (VMAE_BUILD=force pip install says why)"
+        try:
+            torch.ops.load_library(LIBRARY)
+        except OSError as error:
+            return f"the compiled extension, which could not be loaded: {error}"
+    absent = [name for name in OPERATIONS if not hasattr(ops, name)]
+    return f"the compiled extension of this version, found an older one without {', '.join(absent)}" if absent else None
 
 
 @functools.cache

@@ -14,7 +14,9 @@ Arithmetic is IEEE's, but for `.approx`, which is exact here, and matrix product
 warp go in step, those behind first, so that they meet again after a branch.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -98,13 +100,26 @@ class Shared:
         self.read[places] = self.phase[warp]
 
 
+@dataclass
+class Traffic:
+    """What has been asked of global memory, but for atomics."""
+
+    loaded: int = 0
+    """Bytes, as often as they were asked for."""
+    stored: int = 0
+    sectors: int = 0
+    """Of 32 bytes, each counted once for every block that touches it: what comes through a multiprocessor's cache."""
+    widths: Counter = field(default_factory=Counter)
+    """Bytes by the size of a thread's access."""
+
+
 class Machine:
     """Launches kernels over memory that is told to it."""
 
     def __init__(self) -> None:
+        self.traffic = Traffic()
         self.programs: dict[tuple[str, str | None], Program] = {}
         self.code: dict[tuple[int, int], list] = {}
-        self.executed = 0
 
     def program(self, ptx: str, name: str | None = None) -> Program:
         if (ptx, name) not in self.programs:
@@ -143,14 +158,16 @@ class Machine:
         with np.errstate(all="ignore"):
             for number in range(int(np.prod(full))):
                 place = (number % full[0], number // full[0] % full[1], number // full[0] // full[1])
-                block = Block(program, code, shape, place, full, number, arguments, regions, shared)
+                block = Block(program, code, shape, place, full, number, arguments, regions, shared, self.traffic)
                 block.run()
-                self.executed += block.executed
+                self.traffic.sectors += sum(len(np.unique(np.concatenate(x))) for x in block.sectors if x)
 
 
 class Block:
-    def __init__(self, program, code, shape, place, grid, number, parameters, regions, shared) -> None:
+    def __init__(self, program, code, shape, place, grid, number, parameters, regions, shared, traffic) -> None:
         self.program, self.code, self.number, self.regions = program, code, number + 1, regions
+        self.traffic = traffic
+        self.sectors: tuple[list[Array], list[Array]] = ([], [])  # read, written
         self.threads = int(np.prod(shape))
         self.all = np.arange(self.threads)
         self.parameters = np.frombuffer(parameters, np.uint8)
@@ -177,7 +194,6 @@ class Block:
         self.products: list[list[tuple[list[Array], set[int]]]] = []
         self.open: list[tuple[list[Array], set[int]]] = []
         self.busy: set[int] = set()
-        self.executed = 0
 
     def put(self, register: int, value: Array, mask: Array) -> None:
         registers = self.registers
@@ -204,7 +220,6 @@ class Block:
             whole = bool(mask.all())
             while True:
                 kind, step, guard, negated, touched, instruction = code[pc]
-                self.executed += 1
                 now = None if whole else mask
                 if guard is not None:
                     holds = self.registers[guard] ^ negated
@@ -289,6 +304,11 @@ class Block:
         """Where elements [threads, count] lie: a view, the first element's place in it, and for which threads."""
         total = element * count
         self.aligned(addresses, total)
+        moved = total * len(addresses)
+        self.traffic.loaded += 0 if write else moved
+        self.traffic.stored += moved if write else 0
+        self.traffic.widths[total] += moved
+        self.sectors[write].append(np.unique(addresses.astype(np.int64) // 32))
         found = []
         for region, which in self.parts(addresses, total):
             offset = addresses[which].astype(np.int64) - region.start
@@ -348,8 +368,8 @@ class Block:
                 for size in np.unique(copy["bytes"][due]):
                     some = copy["bytes"][due] == size
                     if size:
-                        value = self.load("global", copy["address"][due][some], thread[some], 1, int(size))
-                        self.shared.data[shared[some][:, None] + np.arange(size)] = value
+                        value = self.load("global", copy["address"][due][some], thread[some], 4, int(size) // 4)
+                        self.shared.data[shared[some][:, None] + np.arange(size)] = value.view(np.uint8)
             if not due.all():
                 left.append({k: v if k == "size" else v[~due] for k, v in copy.items()})
         self.copies = left

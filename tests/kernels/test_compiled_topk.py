@@ -135,3 +135,9 @@ def test_forced_where_it_is_not(way, monkeypatch):
     monkeypatch.setenv("VMAE_KERNELS", "auto")
     assert topk(scores, 1).tolist() == [[1]]
     assert soft_topk(scores, 1, **noisy).tolist() == [[0.0, 1.0, 0.0]]
+
+
+@needs_extension
+def test_an_extension_of_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(_csrc, "OPERATIONS", (*_csrc.OPERATIONS, "later"))
+    assert _csrc._problem.__wrapped__() == "the compiled extension of this version, found an older one without later"

@@ -14,11 +14,19 @@ import pytest
 import torch
 from test_registration import calls, evaluate
 
-from vmae_kernels import attention, attention_varlen
+from vmae_kernels import (
+    attention,
+    attention_varlen,
+    decoder_tokens,
+    fsq,
+    gather_tokens,
+    scatter_tokens,
+    tubelets,
+)  # fmt: skip
 
 HERE = Path(__file__).parent
 INSIDE = "VMAE_MACHINE" in os.environ
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (80, 90, 120)
 FILES = ("test_topk.py", "test_soft_topk.py", "test_gather_tokens.py", "test_scatter_tokens.py",
          "test_decoder_tokens.py", "test_tubelets.py", "test_fsq.py", "test_attention.py", "test_registration.py",
          "test_shapes.py")  # fmt: skip
@@ -130,6 +138,76 @@ def test_indexed_and_packed():
         packed,
         torch.randn_like(packed[0]),
     )
+
+
+# What a kernel has to move: inputs that count, results, and indices of 8 bytes.
+B, N, V, K, D = 2, 392, 40, 60, 384
+ROW = 2 * D
+NORM = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "dtype": torch.bfloat16}
+
+
+def rows_of(n, k, seed=0):
+    return torch.rand(B, n, generator=torch.Generator().manual_seed(seed)).argsort(1)[:, :k].sort(1).values
+
+
+def gathered():
+    x, few = torch.randn(B, N, D).bfloat16(), rows_of(N, V)
+    return lambda: gather_tokens(x, few, unique=True)
+
+
+def gathered_backward():
+    x = torch.randn(B, N, D).bfloat16().requires_grad_()
+    y = gather_tokens(x, rows_of(N, V), unique=True)
+    grad = torch.randn_like(y)
+    return lambda: torch.autograd.grad(y, x, grad)
+
+
+def scattered():
+    y, few = torch.randn(B, V, D).bfloat16(), rows_of(N, V)
+    return lambda: scatter_tokens(y, few, N)
+
+
+def decoder():
+    visible, token, positions = torch.randn(B, V, D).bfloat16(), torch.randn(D), torch.randn(N, D)
+    few, some = rows_of(N, V), rows_of(N, K, 1)
+    return lambda: decoder_tokens(visible, few, some, token, positions)
+
+
+def cut():
+    video = torch.randint(0, 256, (B, 8, 112, 112, 3), dtype=torch.uint8).permute(0, 4, 1, 2, 3)
+    few = rows_of(4 * 7 * 7, V)
+    return lambda: tubelets(video, few, **NORM)
+
+
+def quantized():
+    z = torch.randn(B, N, 6)
+    return lambda: fsq(z, [8] * 6)
+
+
+# Bytes, how many times that may come through a multiprocessor's cache, and the least share in accesses of 16 bytes.
+MOVES = {
+    gathered: (B * V * (2 * ROW + 8), 1.01, 0.9),
+    # With 4 bytes for each place, the number of its row, which is written before and read.
+    gathered_backward: (B * ((V + N) * ROW + 8 * V + 4 * (V + N)), 1.01, 0.9),
+    scattered: (B * ((V + N) * ROW + 8 * V + 4 * (V + N)), 1.01, 0.9),
+    decoder: (B * ((V + V + K) * ROW + (V + K) * (4 * D + 8)), 1.03, 0.9),
+    # A tubelet's row of 48 bytes lies in two or three sectors of 32.
+    cut: (B * V * (1536 * (1 + 2) + 8), 1.12, 0.9),
+    quantized: (B * N * (6 * 4 * 2 + 4), 1.01, 0.0),  # six numbers of 4 bytes a row
+}
+
+
+@inside
+@pytest.mark.parametrize("prepare", list(MOVES), ids=lambda prepare: prepare.__name__)
+def test_every_byte_is_moved_once(prepare):
+    import machine
+    from ptx_machine import Traffic
+
+    (needed, most, wide), call = MOVES[prepare], prepare()
+    machine.MACHINE.traffic = traffic = Traffic()
+    call()
+    assert needed <= 32 * traffic.sectors <= most * needed
+    assert traffic.widths[16] >= wide * (traffic.loaded + traffic.stored)
 
 
 @inside
