@@ -66,6 +66,7 @@ SAME = {
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
 }  # fmt: skip
 LEAST = {"min": (np.minimum, np.fmin), "max": (np.maximum, np.fmax)}  # with `.NaN`, or of whole numbers; else
+STRANGE = {"sat", "satfinite", "relu", "rz", "rm", "rp", "xorsign", "oob"}  # what would change a result
 NOTHING = ("fence", "membar")  # barriers order what threads do to memory
 
 
@@ -99,6 +100,8 @@ class _Compiler:
         if head in ("bar", "barrier") and "warp" not in parts:
             barrier, count = operands[0], int(operands[1]) if len(operands) > 1 else 0
             return "barrier", lambda block, mask: (barrier, count)
+        if STRANGE & set(parts) and (head, STRANGE & set(parts)) != ("cvt", {"sat"}):
+            raise Unknown(instruction.text)
         if head in NOTHING:
             return None, lambda block, mask: None
         if head in SAME and "cc" not in parts:
@@ -218,11 +221,16 @@ class _Compiler:
             def function(*values: Array) -> Array:
                 return flushed(plain(*[flushed(value) for value in values]))
 
-        if kind == "f32x2":  # two numbers a register
-            pairs = [self.source(x, "u64") for x in operands[1:]]
-            return self.apply(
-                operands[0], "u64", lambda *x: function(*[v.view(np.float32) for v in x]).view(np.uint64), *pairs
-            )
+        if kind.endswith("x2"):  # two numbers a register
+            one = kind.removesuffix("x2")
+            size = np.dtype(NUMBERS[one]).itemsize
+
+            def both(*registers: Array) -> Array:
+                halves = function(*[decoded(x.view(UNSIGNED[size]), one) for x in registers])
+                return encoded(halves, one).view(UNSIGNED[2 * size])
+
+            whole = f"u{16 * size}"
+            return self.apply(operands[0], whole, both, *[self.source(x, whole) for x in operands[1:]])
         return self.apply(operands[0], kind, function, *[self.source(x, kind) for x in operands[1:]])
 
     # Moves.
@@ -313,7 +321,7 @@ class _Compiler:
     # Arithmetic.
 
     def _real(self, parts: list[str]) -> bool:
-        return parts[-1] in ("f16", "bf16", "f32", "f64", "f32x2")
+        return parts[-1].removesuffix("x2") in ("f16", "bf16", "f32", "f64")
 
     def _add(self, parts: list[str], operands: list[str]) -> Step:
         return self._carried(parts, operands, lambda a, b, carry: a + b)

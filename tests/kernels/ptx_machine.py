@@ -27,7 +27,7 @@ from ptx_program import NUMBERS, UNSIGNED, Array, Fault, Program, parsed
 class Region:
     """Bytes that blocks share, and which of them have read and written each."""
 
-    def __init__(self, start: int, data: Array, name: str, watched: bool = True):
+    def __init__(self, start: int, data: Array, name: str, watched: bool):
         self.start, self.data, self.name = start, data, name
         self.views = {size: data[: len(data) // size * size].view(UNSIGNED[size]) for size in UNSIGNED}
         self.writer, self.reader = (np.zeros(len(data) if watched else 0, np.int32) for _ in range(2))
@@ -144,7 +144,8 @@ class Machine:
             for (begin, size), value in zip(program.parameters.values(), arguments, strict=True):
                 whole[begin : begin + size] = value[:size].ljust(size, b"\0")
             arguments = bytes(whole)
-        regions = [Region(start, data, label) for start, data, label in memory if len(data)]
+        # Notes take eight times a region's own memory: a very large one does without.
+        regions = [Region(start, data, label, len(data) < 2**30) for start, data, label in memory if len(data)]
         symbols = {}
         for known, data in program.constants.items():
             symbols[known] = data.__array_interface__["data"][0]

@@ -21,6 +21,7 @@ from vmae_kernels import (
     fsq,
     gather_tokens,
     scatter_tokens,
+    topk,
     tubelets,
 )  # fmt: skip
 
@@ -208,6 +209,45 @@ def test_every_byte_is_moved_once(prepare):
     call()
     assert needed <= 32 * traffic.sectors <= most * needed
     assert traffic.widths[16] >= wide * (traffic.loaded + traffic.stored)
+
+
+def far(x, dim=0):
+    """x, whose third slice along a dimension lies 2^31 elements behind the first, though the step needs but 31 bits;
+    what lies between is never touched."""
+    apart = 2**30 + 16
+    stride = [*x.stride()]
+    stride[dim] = apart
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory = torch.empty((x.shape[dim] - 1) * apart + x.numel(), dtype=x.dtype)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    return memory.as_strided(x.shape, stride).copy_(x)
+
+
+@inside
+def test_beyond_2_31_elements():
+    scores = torch.randn(3, 100).half()
+    assert torch.equal(topk(far(scores), 7), topk(scores, 7))
+    x, rows = torch.randint(0, 256, (1, 3, 32), dtype=torch.uint8), torch.tensor([[2, 0]])
+    assert torch.equal(gather_tokens(far(x, 1), rows), x[:, [2, 0]])
+    y, rows = torch.randn(3, 2, 32).half(), rows.expand(3, -1)
+    assert torch.equal(scatter_tokens(far(y), rows, 3)[:, [2, 0]], y)
+    positions, token = torch.randn(3, 32).half(), torch.zeros(32).half()
+    placed = decoder_tokens(far(y), rows, 2 - rows, token, far(positions))
+    assert torch.equal(placed, decoder_tokens(y, rows, 2 - rows, token, positions))
+    video = torch.randint(0, 256, (3, 3, 4, 16, 16), dtype=torch.uint8)
+    places, norm = torch.tensor([[1, 0]] * 3), {"mean": [0.0] * 3, "std": [1.0] * 3}
+    for dim in (0, 1, 2):
+        assert torch.equal(tubelets(far(video, dim), places, **norm), tubelets(video, places, **norm))
+    q, k, v = (torch.randn(1, 3, n, 16).half() for n in (5, 20, 20))
+    assert torch.equal(attention(q, far(k, 1), far(v, 1)), attention(q, k, v))
+    q, k, v = (torch.randn(1, 1, 3, 16).half() for _ in range(3))
+    assert torch.equal(attention(far(q, 2), far(k, 2), far(v, 2)), attention(q, k, v))
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    packed = [torch.randn(3, 2, 16).half() for _ in range(3)]
+    distant = [far(x) for x in packed]
+    assert torch.equal(
+        attention_varlen(*distant, starts, starts, 3, 3), attention_varlen(*packed, starts, starts, 3, 3)
+    )
 
 
 @inside

@@ -227,6 +227,35 @@ def test_real_numbers():
             assert bits[8] == (9 if a < b else 7)
 
 
+@pytest.mark.parametrize("kind", ["f32x2", "f16x2", "bf16x2"])
+def test_two_numbers_a_register(kind):
+    """Each as if it were alone."""
+    x = np.array([1.5, -2.25, 3e4, 0.0, 7.0, -0.5, 1 / 3, 100.0] * 16, np.float32)  # four a thread, 32 threads
+    size = 64 if kind == "f32x2" else 32
+    bits = {"f32x2": x.view(np.uint64), "f16x2": x.astype(np.float16).view(np.uint32),
+            "bf16x2": narrowed(x).view(np.uint32)}[kind]  # fmt: skip
+    letter, place = ("d", "%d4") if size == 64 else ("r", "%d3")
+    body = f"""
+	mul.wide.u32 %d4, %r0, 16;
+	add.s64 %d5, %d0, {place};
+	ld.global.v2.b{size} {{%{letter}8, %{letter}9}}, [%d5];
+	add.rn.{kind} %{letter}10, %{letter}8, %{letter}9;
+	fma.rn.{kind} %{letter}11, %{letter}8, %{letter}8, %{letter}9;
+	add.s64 %d6, %d1, {place};
+	st.global.v2.b{size} [%d6], {{%{letter}10, %{letter}11}};"""
+    got = run(body, bits, np.zeros_like(bits))
+    numbers = {"f32x2": lambda b: b.view(np.float32), "f16x2": lambda b: b.view(np.float16),
+               "bf16x2": lambda b: widened(b.view(np.uint16))}[kind]  # fmt: skip
+    a, b = numbers(bits).astype(np.float64).reshape(32, 2, 2).swapaxes(0, 1)
+    added, multiplied = numbers(got).astype(np.float64).reshape(32, 2, 2).swapaxes(0, 1)
+    eps = {"f32x2": 2.0**-24, "f16x2": 2.0**-11, "bf16x2": 2.0**-8}[kind]
+    most = 65504 if kind == "f16x2" else np.inf
+    for result, wanted in ((added, a + b), (multiplied, a * a + b)):
+        inside = abs(wanted) < most
+        assert (abs(result - wanted) <= eps * abs(wanted))[inside].all()
+        assert np.isinf(result[~inside]).all()
+
+
 def test_halves_go_to_even():
     x = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20], np.float32)
     assert widened(narrowed(x)).tolist() == [1, 1 + 2**-6, 1 + 2**-7]
