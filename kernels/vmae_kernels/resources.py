@@ -85,7 +85,7 @@ def cases(architecture: int) -> Iterator[Case]:
     arguments: dict[str, Any]
     options: dict[str, Any]
     for dtype, n in (("fp32", 12544), ("bf16", 12544), ("fp32", 1568), ("fp32", 100_000)):
-        options = topk_configuration(n)
+        options = topk_configuration(n, 8)
         warps = options.pop("num_warps")
         arguments = {"p_scores": f"*{dtype}", "p_selected": "*i64", "p_rest": "*i64", "n": "i32", "k": "i32",
                      "stride_row": STRIDE, "stride": 1, "REST": True}  # fmt: skip

@@ -37,12 +37,12 @@ def _indicator_kernel(
         b_sum = tl.zeros((BLOCK,), p_out.dtype.element_ty)
     for start in range(0, n, BLOCK):
         o_index = start + o_block
-        m_row = o_index < n
         if not ONE:
             b_keys = load_keys(p_scores, o_index, n, stride, sigma, seed, row0 + row, sample, NOISE)
-        m_equal = (b_keys >= low) & (b_keys < high) & m_row
+        m_above = b_keys >= high
+        m_equal = (b_keys >= low) & ~m_above
         b_equal = equal_before + tl.cumsum(m_equal.to(tl.int32), 0)
-        m_chosen = ((b_keys >= high) & m_row) | (m_equal & (b_equal <= missing))
+        m_chosen = m_above | (m_equal & (b_equal <= missing))
         equal_before += tl.sum(m_equal.to(tl.int32), 0)
         if SUMS:
             p_from = p_weight + wide_row * stride_wrow + o_index.to(tl.int64) * stride_w

@@ -14,8 +14,8 @@ from ._tuning import Configuration, launch
 
 @jit
 def ordered_keys(x):
-    """Unsigned integers in the order of floating-point x: NaN above infinity, -0.0 equal to 0.0. No arithmetic, which
-    could flush what is subnormal."""
+    """Unsigned integers in the order of floating-point x, from 1 for -infinity: NaN above infinity, -0.0 equal to 0.0.
+    No arithmetic on x, which could flush what is subnormal."""
     if x.dtype == tl.float64:
         b, sign, infinity = x.to(tl.uint64, bitcast=True), 1 << 63, 0x7FF << 52
     elif x.dtype == tl.float32:
@@ -23,9 +23,9 @@ def ordered_keys(x):
     else:
         b = x.to(tl.uint16, bitcast=True).to(tl.uint32)
         sign, infinity = 1 << 15, (0x1F << 10 if x.dtype == tl.float16 else 0xFF << 7)
-    magnitude = b & (sign - 1)
-    keys = tl.where((b & sign) == 0, magnitude + sign, sign - magnitude)
-    return tl.where(magnitude > infinity, infinity + sign + 1, keys).to(b.dtype)
+    # Of a negative NaN the difference wraps around, above all others.
+    keys = tl.where(b < sign, b + (infinity + 1), (sign + infinity + 1) - b).to(b.dtype)
+    return tl.minimum(keys, tl.full((), 2 * infinity + 2, b.dtype))
 
 
 @jit
@@ -42,13 +42,14 @@ def normal(seed, row, i, sample):
 
 @jit
 def load_keys(p_scores, i, n, stride, sigma, seed, row, sample, NOISE: tl.constexpr):
-    """Keys of a row's scores i; with NOISE, of scores + sigma * the normals of a sample."""
+    """Keys of a row's scores i; with NOISE, of scores + sigma * the normals of a sample. Beyond n 0, below all keys."""
     x = tl.load(p_scores + i.to(tl.int64) * stride, mask=i < n, other=0.0)
     if NOISE:
         if x.dtype != tl.float64:
             x = x.to(tl.float32)
         x += normal(seed, row, i, sample).to(x.dtype) * sigma
-    return ordered_keys(x)
+    b_keys = ordered_keys(x)
+    return tl.where(i < n, b_keys, tl.zeros_like(b_keys))
 
 
 @jit
@@ -63,16 +64,15 @@ def bracket(b_keys, p_scores, n, k, stride, sigma, seed, row, sample,
     """
     o_block = tl.arange(0, BLOCK)
     if ONE:
-        low = tl.min(tl.where(o_block < n, b_keys, ~tl.zeros_like(b_keys)), 0)
-        high = tl.max(tl.where(o_block < n, b_keys, tl.zeros_like(b_keys)), 0) + 1
+        low = tl.min(b_keys - 1, 0) + 1  # where there is no key that is the largest number
+        high = tl.max(b_keys, 0) + 1
     else:
         b_low = ~tl.zeros_like(b_keys)
         b_high = tl.zeros_like(b_keys)
         for start in range(0, n, BLOCK):
             b_keys = load_keys(p_scores, start + o_block, n, stride, sigma, seed, row, sample, NOISE)
-            b_low = tl.where(start + o_block < n, tl.minimum(b_low, b_keys), b_low)
-            b_high = tl.where(start + o_block < n, tl.maximum(b_high, b_keys), b_high)
-        low, high = tl.min(b_low, 0), tl.max(b_high, 0) + 1
+            b_low, b_high = tl.minimum(b_low, b_keys - 1), tl.maximum(b_high, b_keys)
+        low, high = tl.min(b_low, 0) + 1, tl.max(b_high, 0) + 1
     from_low, from_high = n, 0  # so many keys lie from there on: k or more, and fewer than k
     halve = 0
     while (high - low > 1) & (from_low != k):
@@ -81,12 +81,12 @@ def bracket(b_keys, p_scores, n, k, stride, sigma, seed, row, sample,
         step = tl.where(halve != 0, span // 2, (span.to(tl.float32) * share).to(span.dtype))
         middle = low + tl.maximum(tl.minimum(step, span - 1), 1)
         if ONE:
-            from_middle = tl.sum(((b_keys >= middle) & (o_block < n)).to(tl.int32), 0)
+            from_middle = tl.sum((b_keys >= middle).to(tl.int32), 0)
         else:
             b_counts = tl.zeros((BLOCK,), tl.int32)
             for start in range(0, n, BLOCK):
                 b_keys = load_keys(p_scores, start + o_block, n, stride, sigma, seed, row, sample, NOISE)
-                b_counts += ((b_keys >= middle) & (start + o_block < n)).to(tl.int32)
+                b_counts += (b_keys >= middle).to(tl.int32)
             from_middle = tl.sum(b_counts, 0)
         enough = from_middle >= k
         low, from_low = tl.where(enough, middle, low), tl.where(enough, from_middle, from_low)
@@ -96,45 +96,66 @@ def bracket(b_keys, p_scores, n, k, stride, sigma, seed, row, sample,
 
 
 @jit
+def _counts(b_keys, low, high):
+    """Two numbers in one, for one scan: 2^16 where a key is `high` or more, 1 where it is `low` or more but below."""
+    return tl.where(b_keys >= high, 1 << 16, (b_keys >= low).to(tl.int32))
+
+
+@jit
 def _partition_kernel(
     p_scores, p_selected, p_rest, n, k, stride_row, stride,
-    BLOCK: tl.constexpr, ONE: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr,
+    BLOCK: tl.constexpr, ONE: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """Each of a row's PARTS programs finds the row's bracket, and writes what lies in its part."""
+    row = (tl.program_id(0) // PARTS).to(tl.int64)
     p_scores += row * stride_row
     p_selected += row * k
     p_rest += row * (n - k)
-    b_keys = load_keys(p_scores, tl.arange(0, BLOCK), n, stride, 0.0, 0, 0, 0, False)
+    o_block = tl.arange(0, BLOCK)
+    b_keys = load_keys(p_scores, o_block, n, stride, 0.0, 0, 0, 0, False)
     low, high, missing = bracket(b_keys, p_scores, n, k, stride, 0.0, 0, 0, 0, BLOCK, ONE, False)
     above_before, equal_before = 0, 0
-    for start in range(0, n, TILE):  # read again, for want of registers
+    first, last = 0, n
+    if PARTS > 1:
+        span = tl.cdiv(tl.cdiv(n, PARTS), TILE) * TILE
+        first = (tl.program_id(0) % PARTS) * span
+        last = tl.minimum(first + span, n)
+        before = tl.sum(tl.where(o_block < first, _counts(b_keys, low, high), 0), 0)
+        above_before, equal_before = before >> 16, before & 0xFFFF
+    for start in range(first, last, TILE):  # read again, for want of registers
         o_index = start + tl.arange(0, TILE)
-        m_row = o_index < n
         b_tile = load_keys(p_scores, o_index, n, stride, 0.0, 0, 0, 0, False)
-        m_above = (b_tile >= high) & m_row
-        m_equal = (b_tile >= low) & (b_tile < high) & m_row
-        b_both = (m_above.to(tl.int32) << 16) + m_equal.to(tl.int32)  # two counts in one scan
+        b_both = _counts(b_tile, low, high)
         b_ranks = tl.cumsum(b_both, 0)
         b_equal = equal_before + (b_ranks & 0xFFFF)
         b_chosen = above_before + (b_ranks >> 16) + tl.minimum(b_equal, missing)  # of those up to here
-        m_chosen = m_above | (m_equal & (b_equal <= missing))
+        m_chosen = (b_tile >= high) | ((b_tile >= low) & (b_equal <= missing))
         tl.store(p_selected + b_chosen - 1, o_index.to(tl.int64), mask=m_chosen)
         if REST:
-            tl.store(p_rest + o_index - b_chosen, o_index.to(tl.int64), mask=m_row & ~m_chosen)
+            tl.store(p_rest + o_index - b_chosen, o_index.to(tl.int64), mask=(o_index < n) & ~m_chosen)
         both = tl.sum(b_both, 0)
         above_before += both >> 16
         equal_before += both & 0xFFFF
 
 
 _LARGEST = 16384  # keys that one program holds: 32 a thread
-_LIMITS = {"TILE": (128, 8192), "num_warps": (1, 16)}
+_LIMITS = {"TILE": (128, 8192), "PARTS": (1, 8), "num_warps": (1, 16)}
+_PROGRAMS = 128  # about a large GPU's multiprocessors
 
 
-def configuration(n: int) -> Configuration:
-    """Rows that fit are held in registers, 32 keys a thread; of longer ones each round reads blocks anew."""
+def configuration(n: int, rows: int) -> Configuration:
+    """Rows that fit are held in registers, 32 keys a thread; of longer ones each round reads blocks anew.
+
+    A row that takes several tiles is written by as many programs, up to 8, where there are few rows: writing takes more
+    instructions than finding what to write.
+    """
     block = min(max(power_of_2(n), 128), _LARGEST)
     warps = min(max(block // 1024, 1), 16)
-    return {"BLOCK": block, "ONE": n <= block, "TILE": min(block, 256 * warps), "num_warps": warps}
+    tile = min(block, 128 * warps)
+    parts = min(block // tile, 8) if n <= block else 1
+    while parts > 1 and rows * parts > _PROGRAMS:
+        parts //= 2
+    return {"BLOCK": block, "ONE": n <= block, "TILE": tile, "PARTS": parts, "num_warps": warps}
 
 
 def _launch(scores: Tensor, k: int, *, rest: bool) -> tuple[Tensor, Tensor]:
@@ -145,9 +166,10 @@ def _launch(scores: Tensor, k: int, *, rest: bool) -> tuple[Tensor, Tensor]:
     if rows.numel():
 
         def run(options: Configuration) -> None:
-            _partition_kernel[(len(rows),)](rows, selected, others, n, k, *rows.stride(), REST=rest, **options)
+            grid = (len(rows) * options["PARTS"],)
+            _partition_kernel[grid](rows, selected, others, n, k, *rows.stride(), REST=rest, **options)
 
-        launch("topk", scores, (n, len(rows)), configuration(n), _LIMITS, run)
+        launch("topk", scores, (n, len(rows)), configuration(n, len(rows)), _LIMITS, run)
     return selected, others
 
 

@@ -99,7 +99,7 @@ class _Compiler:
             return "exit", None
         if head in ("bar", "barrier") and "warp" not in parts:
             barrier, count = operands[0], int(operands[1]) if len(operands) > 1 else 0
-            return "barrier", lambda block, mask: (barrier, count)
+            return "barrier", (barrier, count)
         if STRANGE & set(parts) and (head, STRANGE & set(parts)) != ("cvt", {"sat"}):
             raise Unknown(instruction.text)
         if head in NOTHING:
@@ -807,6 +807,8 @@ class _Compiler:
         shape = next(x for x in parts if re.fullmatch(r"m\d+n\d+k\d+", x))
         m, n, k = map(int, re.findall(r"\d+", shape))
         of = parts[-3]
+        if (m, n, k, of) == (8, 8, 4, "f64"):
+            return self._mma_of_doubles(operands)
         if (m, n) != (16, 8) or of not in ("f16", "bf16", "tf32") or parts[-4] != "f32":
             raise Unknown(".".join(parts))
         a, b = ([self.source(x, "u32") for x in self.vector(operand)] for operand in operands[1:3])
@@ -820,6 +822,19 @@ class _Compiler:
             total = left.astype(np.float64) @ right.astype(np.float64)  # [warps, 16, 8]
             for write, seed, value in zip(writes, seeds, spread(total), strict=True):
                 write(block, (seed(block).astype(np.float64) + value).astype(np.float32), mask)
+
+        return step
+
+    def _mma_of_doubles(self, operands: list[str]) -> Step:
+        a, b = (self.source(operand.strip("{} "), "f64") for operand in operands[1:3])
+        seeds = [self.source(x, "f64") for x in self.vector(operands[3])]
+        writes = [self.result(x, "f64") for x in self.vector(operands[0])]
+
+        def step(block: Block, mask: Array) -> None:
+            self._together(block, mask)
+            total = a(block).reshape(-1, 8, 4) @ b(block).reshape(-1, 8, 4).swapaxes(1, 2)  # [warps, 8, 8]
+            for i, (write, seed) in enumerate(zip(writes, seeds, strict=True)):
+                write(block, seed(block) + total[:, :, i::2].reshape(-1), mask)
 
         return step
 

@@ -15,7 +15,7 @@ warp go in step, those behind first, so that they meet again after a branch.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,7 +188,9 @@ class Block:
         ):
             for kind, value in (("tid", own), ("ntid", size), ("ctaid", at), ("nctaid", many)):
                 self.special[f"%{kind}.{letter}"] = np.full(self.threads, value)
-        self.alive = np.ones(self.threads, np.bool_)
+        self.whole = np.ones(self.threads, np.bool_)
+        self.alive = self.whole
+        self.expected: dict[str, int] = {}  # threads at a barrier that names their number
         self.copies: list[dict] = []
         self.committed = np.zeros(self.threads, np.int64)
         # Of each group of asynchronous products under way, and of those in none yet: bytes read, registers written.
@@ -200,79 +202,77 @@ class Block:
         registers = self.registers
         registers[register] = value if mask is None else np.where(mask, value, registers[register])
 
+    def known(self, mask: Array) -> Array | None:
+        """None where no thread is left, `whole` itself where all are there: neither has to be looked for again."""
+        return self.whole if mask.all() else mask if mask.any() else None
+
     def active(self, mask: Array) -> Array:
         return self.all if mask is None else np.flatnonzero(mask)
 
     def run(self) -> None:
-        code, labels = self.code, set(self.program.labels.values())
-        groups: dict[int, Array] = {0: self.alive.copy()}
-        waiting: dict[str, tuple[Array, int, int]] = {}
+        blocks, after = self.program.meetings
+        groups: dict[int, Array] = {0: self.whole}  # threads that go together, by where they are
+        waiting: dict[str, list[tuple[Array, int]]] = {}  # by barrier: threads, and where they go on
 
         def park(pc: int, mask: Array) -> None:
             groups[pc] = groups[pc] | mask if pc in groups else mask
 
-        def met(barrier: str) -> bool:
-            mask, _, count = waiting[barrier]
-            return mask.sum() >= (count or self.alive.sum())
+        def waits(pc: int, other: int) -> bool:
+            """Whether the threads at another place will come here, too."""
+            here, there = blocks[pc], blocks[other]
+            return other < pc if here == there else bool(after[there] >> here & 1)
 
         while groups:
-            pc = min(groups)
-            mask = groups.pop(pc)
-            whole = bool(mask.all())
-            while True:
-                kind, step, guard, negated, touched, instruction = code[pc]
-                now = None if whole else mask
-                if guard is not None:
-                    holds = self.registers[guard] ^ negated
-                    now = holds if now is None else holds & now
-                    if not now.any():
-                        now = False
-                    elif now.all():
-                        now = None
-                pc += 1
-                if now is not False:
-                    try:
-                        if self.busy and not self.busy.isdisjoint(touched):
-                            raise Fault("a register that an asynchronous product has yet to write")
-                        if kind is None:
-                            step(self, now)
-                        elif kind == "branch":
-                            if now is None or (now == mask).all():
-                                pc = step
-                            else:
-                                park(step, now)
-                                mask, whole = mask & ~now, False
-                        elif kind == "exit":
-                            gone = self.alive if now is None else now
-                            self.alive = self.alive & ~gone
-                            mask, whole = mask & ~gone, False
-                            if not mask.any():
-                                break
-                        else:  # a barrier
-                            barrier, count = step(self, now)
-                            here = self.alive if now is None else now
-                            before = waiting.get(barrier, (np.zeros_like(here), pc, count))[0]
-                            waiting[barrier] = (before | here, pc, count)
-                            break
-                    except Fault as fault:
-                        raise Fault(f"{fault} ({self.program.name}, block {self.number - 1}: {instruction})") from None
-                    except Exception as error:
-                        raise RuntimeError(f"{self.program.name}: {instruction}") from error
-                if groups and (kind == "branch" or pc in labels):
-                    if pc in groups:
-                        mask = mask | groups.pop(pc)
-                        whole = bool(mask.all())
-                    if groups and min(groups) < pc:
+            pc = next(pc for pc in sorted(groups) if not any(waits(pc, other) for other in groups if other != pc))
+            mask = self.known(groups.pop(pc))
+            alone = True
+            while alone and mask is not None:
+                pc, mask, alone = self.advance(pc, mask, park, waiting)
+                alone = alone or not groups
+            if mask is not None:
+                park(pc, mask)
+            for barrier, arrived in list(waiting.items()):
+                if sum(mask.sum() for mask, _ in arrived) >= (self.expected[barrier] or self.alive.sum()):
+                    self.shared.barrier()
+                    for mask, pc in waiting.pop(barrier):
                         park(pc, mask)
-                        break
-            for barrier in [barrier for barrier in waiting if met(barrier)]:
-                released, after, _ = waiting.pop(barrier)
-                self.shared.barrier()
-                park(after, released)
         if waiting:
             raise Fault(f"{self.program.name}: barrier {next(iter(waiting))} is never reached by all")
         if self.copies:
             raise Fault(f"{self.program.name}: ends with asynchronous copies that were not waited for")
+
+    def advance(
+        self, pc: int, mask: Array, park: Callable[[int, Array], None], waiting: dict[str, list[tuple[Array, int]]]
+    ) -> tuple[int, Array | None, bool]:
+        """Carry out one instruction for the threads of a mask: where those are then that go on together, if any do, and
+        whether that is no place for others to come."""
+        kind, step, guard, negated, touched, text = self.code[pc]
+        blocks = self.program.meetings[0]
+        now = mask if guard is None else self.known(mask & (self.registers[guard] ^ negated))
+        pc, inside = pc + 1, pc + 1 < len(blocks) and blocks[pc] == blocks[pc + 1]
+        if now is None:
+            return pc, mask, inside
+        try:
+            if self.busy and not self.busy.isdisjoint(touched):
+                raise Fault("a register that an asynchronous product has yet to write")
+            if kind is None:
+                step(self, None if now is self.whole else now)
+                return pc, mask, inside
+            others = None if now is mask else self.known(mask & ~now)
+            if kind == "branch":
+                if others is None:
+                    return step, mask, False
+                park(step, now)
+            elif kind == "exit":
+                self.alive = self.alive & ~now
+            else:
+                barrier, self.expected[barrier] = step
+                waiting.setdefault(barrier, []).append((now, pc))
+            return pc, others, False
+        except Fault as fault:
+            raise Fault(f"{fault} ({self.program.name}, block {self.number - 1}: {text})") from None
+        except Exception as error:
+            raise RuntimeError(f"{self.program.name}: {text}") from error
 
     # --- memory --------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Programs in PTX, which compilers make of kernels, taken apart for `ptx_machine`."""
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,6 +53,10 @@ class Program:
     constants: dict[str, Array] = field(default_factory=dict)
     shared_size: int = 0
     local_size: int = 0
+
+    @functools.cached_property
+    def meetings(self) -> tuple[list[int], list[int]]:
+        return met_after(self)
 
 
 def _sizes(text: str) -> tuple[str, int, int, str]:
@@ -162,3 +167,43 @@ def waits(ptx: str) -> Iterator[str]:
     wait = r"\b(bar\.sync|barrier\.sync|cp\.async\.wait_(group|all)|wgmma\.wait_group)\b[^;]*;"
     for found in re.finditer(wait, ptx):
         yield ptx[: found.start()] + ptx[found.end() :]
+
+
+def met_after(program: Program) -> tuple[list[int], list[int]]:
+    """The basic block of each instruction, and of each block those that every way from it comes through, as bits.
+
+    Threads that have parted meet again there: one that has come so far waits for the others.
+    """
+    count = len(program.instructions)
+    starts = {0, *program.labels.values()}
+    follow: dict[int, list[int]] = {}  # by a block's last instruction
+    for i, instruction in enumerate(program.instructions):
+        head, targets = instruction.parts[0], []
+        if head in ("bra", "ret", "exit", "trap"):
+            starts.add(i + 1)
+            targets = [program.labels[instruction.operands[0]]] if head == "bra" else [count]
+            if instruction.guard is not None:
+                targets.append(i + 1)
+            follow[i] = targets
+    order = sorted(start for start in starts if start < count)
+    number = {start: i for i, start in enumerate(order)}
+    block_of = [0] * count
+    ends = []
+    for i, start in enumerate(order):
+        end = order[i + 1] if i + 1 < len(order) else count
+        block_of[start:end] = [i] * (end - start)
+        ends.append(end - 1)
+    number[count] = last = len(order)  # where all end
+    next_blocks = [[number[target] for target in follow.get(end, [end + 1])] for end in ends]
+    everything = (1 << (last + 1)) - 1
+    after = [everything] * last + [1 << last]
+    changed = True
+    while changed:
+        changed = False
+        for i in reversed(range(last)):
+            common = everything
+            for block in next_blocks[i]:
+                common &= after[block]
+            if common | 1 << i != after[i]:
+                after[i], changed = common | 1 << i, True
+    return block_of, after

@@ -153,14 +153,14 @@ def test_gradcheck(kv):
     assert torch.autograd.gradcheck(lambda *x: attention(*x, scale=0.3, kv_indices=indices), tensors, fast_mode=True)
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = os.environ.get("TRITON_INTERPRET") == "1" or "VMAE_MACHINE" in os.environ  # Triton's, on CPU tensors
 amx = pytest.mark.skipif(not _csrc.facts().get("amx"), reason="no Intel AMX, or the extension was not built")
 
 
-@pytest.fixture(params=["kernel"] if INTERPRETED else ["torch", pytest.param("csrc", marks=amx)])
+@pytest.fixture(params=["kernel"] if KERNELS else ["torch", pytest.param("csrc", marks=amx)])
 def implementation(request, monkeypatch):
     """Each of those for bfloat16 on a CPU; PyTorch's takes the way of many tokens for few, in several parts."""
-    if not INTERPRETED:
+    if not KERNELS:
         monkeypatch.setenv("VMAE_KERNELS", request.param)
     monkeypatch.setattr(reference, "_SMALL", 0)
     monkeypatch.setattr(reference, "_SCORES", 5_000)

@@ -27,7 +27,6 @@ from vmae_kernels import (
 
 HERE = Path(__file__).parent
 INSIDE = "VMAE_MACHINE" in os.environ
-ARCHITECTURES = (80, 90, 120)
 FILES = ("test_topk.py", "test_soft_topk.py", "test_gather_tokens.py", "test_scatter_tokens.py",
          "test_decoder_tokens.py", "test_tubelets.py", "test_fsq.py", "test_attention.py", "test_registration.py",
          "test_shapes.py")  # fmt: skip
@@ -47,11 +46,11 @@ def run(architecture, files, timeout):
     done = subprocess.run([*command, *(HERE / name for name in files)], env=environment, text=True, cwd=HERE.parents[1],
                           timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    assert re.search(r"\d+ passed", done.stdout)
+    assert "[100%]" in done.stdout
 
 
 @outside
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [80, 90, pytest.param(120, marks=pytest.mark.long)])
 def test_every_kernel(architecture):
     run(architecture, ["test_machine.py"], 900)
 
@@ -59,7 +58,7 @@ def test_every_kernel(architecture):
 @outside
 @pytest.mark.long
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [80, 90])
 def test_the_tests_of_every_operation_pass_with_its_compiled_kernel(architecture, file):
     run(architecture, [file], 3600)
 

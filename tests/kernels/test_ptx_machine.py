@@ -289,6 +289,54 @@ $out:
     assert got.tolist() == [wanted[t ^ 1] for t in range(64)]
 
 
+def test_they_meet_wherever_the_code_lies():
+    """The end of a loop may stand before its body: there those wait who come by the shorter way."""
+    body = """
+	mov.b32 %r1, 0;
+	mov.b32 %r2, 0;
+	bra.uni $body;
+$end:
+	shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1;
+	add.u32 %r2, %r2, %r3;
+	add.u32 %r1, %r1, 1;
+	setp.eq.u32 %p1, %r1, 3;
+	@%p1 bra $out;
+$body:
+	and.b32 %r4, %r0, 1;
+	setp.eq.u32 %p2, %r4, 0;
+	@%p2 bra $end;
+	add.u32 %r2, %r2, %r0;
+	bra.uni $end;
+$out:
+	add.s64 %d4, %d1, %d2;
+	st.global.b32 [%d4], %r2;"""
+    got = run(body, [0], np.zeros(32, np.uint32))
+    sums = [0] * 32
+    for _ in range(3):
+        sums = [total + (t if t % 2 else 0) for t, total in enumerate(sums)]
+        sums = [sums[t] + sums[t ^ 1] for t in range(32)]
+    assert got.tolist() == sums
+
+
+def test_one_barrier_in_two_places():
+    """Each goes on from where it was; those that a guard leaves out do not stand still."""
+    body = """
+	setp.lt.u32 %p1, %r0, 32;
+	@%p1 bra $first;
+	mov.b32 %r1, 7;
+	bar.sync 0;
+	bra.uni $out;
+$first:
+	mov.b32 %r1, 5;
+	bar.sync 0;
+	add.u32 %r1, %r1, 1;
+$out:
+	@%p1 bar.sync 1, 32;
+	add.s64 %d4, %d1, %d2;
+	st.global.b32 [%d4], %r1;"""
+    assert run(body, [0], np.zeros(64, np.uint32), threads=64).tolist() == [6] * 32 + [7] * 32
+
+
 @pytest.mark.parametrize("how", ["bfly", "idx", "up", "down"])
 @pytest.mark.parametrize("width", [32, 8])
 def test_shuffles(how, width):
