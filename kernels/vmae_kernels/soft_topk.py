@@ -39,14 +39,14 @@ def _indicator_kernel(
         o_index = start + o_block
         if not ONE:
             b_keys = load_keys(p_scores, o_index, n, stride, sigma, seed, row0 + row, sample, NOISE)
-        m_above = b_keys >= high
-        m_equal = (b_keys >= low) & ~m_above
+        m_equal = (b_keys >= low) & (b_keys < high)
         b_equal = equal_before + tl.cumsum(m_equal.to(tl.int32), 0)
-        m_chosen = m_above | (m_equal & (b_equal <= missing))
+        m_chosen = (b_keys >= high) | (m_equal & (b_equal <= missing))
         equal_before += tl.sum(m_equal.to(tl.int32), 0)
         if SUMS:
             p_from = p_weight + wide_row * stride_wrow + o_index.to(tl.int64) * stride_w
-            b_sum += tl.load(p_from, mask=m_chosen, other=0.0).to(b_sum.dtype)
+            b_weight = tl.load(p_from, mask=o_index < n, other=0.0).to(b_sum.dtype)
+            b_sum += tl.where(m_chosen, b_weight, 0.0)
         else:
             tl.atomic_add(p_out + wide_row * n + o_index, 1, mask=m_chosen, sem="relaxed")
     if SUMS:
