@@ -7,7 +7,7 @@ RUN := .venv/bin/
 export VMAE_BUILD ?= $(if $(shell command -v nvidia-smi),auto,$(if $(shell command -v c++),cpu,skip))
 CUTLASS := nvidia-cutlass==4.2.0.0
 
-.PHONY: setup demo test test-long lint bench bench-gpu resources cuda sanitize hub clean
+.PHONY: setup demo test test-long machine lint bench bench-gpu resources cuda sanitize hub clean
 
 setup: $(READY)
 
@@ -27,6 +27,11 @@ test: $(READY)
 
 test-long: $(READY)
 	$(RUN)python -m pytest -m long
+
+# All tests of the kernels as they are compiled for GPUs, on the CPU, the convolution's too where nvcc is (two hours).
+machine: $(READY)
+	$(if $(shell command -v nvcc),$(RUN)python -m pip install --quiet --disable-pip-version-check --no-deps $(CUTLASS))
+	$(RUN)python -m pytest -m machine --numprocesses auto --maxprocesses 8
 
 lint: $(READY)
 	$(RUN)ruff check .

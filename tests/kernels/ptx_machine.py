@@ -10,8 +10,8 @@ cannot: what the compiler made of the layouts, matrix fragments and asynchronous
   read and write as late as the wait allows, so that what needed them earlier finds the old bytes;
 - a shuffle, vote or matrix instruction that not all of its threads reach together; a barrier that some never reach.
 
-Arithmetic is IEEE's, but for `.approx`, which is exact here, and matrix products, summed in float64. The threads of a
-warp go in step, those behind first, so that they meet again after a branch.
+Arithmetic is IEEE's, but for `.approx`, which is exact here, and matrix products, summed in float64. All threads of a
+block go in step; those that part at a branch meet again where all ways from it lead.
 """
 
 from collections import Counter

@@ -22,7 +22,7 @@ CSRC = ROOT / "csrc"
 sys.path.insert(0, str(CSRC))
 import build  # noqa: E402
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.machine
 MATHS = {
     "Bfloat16": ("bfloat16.cu", torch.bfloat16),
     "Float16": ("float16.cu", torch.float16),

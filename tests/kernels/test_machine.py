@@ -42,7 +42,7 @@ def run(architecture, files, timeout):
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "machine", "-m", "not large and not long", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "machine", "-m", "not large and not long and not machine", "-W", "ignore"]
     done = subprocess.run([*command, *(HERE / name for name in files)], env=environment, text=True, cwd=HERE.parents[1],
                           timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
@@ -50,13 +50,13 @@ def run(architecture, files, timeout):
 
 
 @outside
-@pytest.mark.parametrize("architecture", [80, 90, pytest.param(120, marks=pytest.mark.long)])
+@pytest.mark.parametrize("architecture", [80, 90, pytest.param(120, marks=pytest.mark.machine)])
 def test_every_kernel(architecture):
     run(architecture, ["test_machine.py"], 900)
 
 
 @outside
-@pytest.mark.long
+@pytest.mark.machine
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_the_tests_of_every_operation_pass_with_its_compiled_kernel(architecture, file):
