@@ -111,6 +111,8 @@ class Traffic:
     """Of 32 bytes, each counted once for every block that touches it: what comes through a multiprocessor's cache."""
     widths: Counter = field(default_factory=Counter)
     """Bytes by the size of a thread's access."""
+    conflicts: int = 0
+    """How many cycles more than needed threads' accesses to shared memory take, which meet in one of its 32 banks."""
 
 
 class Machine:
@@ -328,6 +330,12 @@ class Block:
             raise Fault(f"bytes {places.min()} to {places.max() + size - 1} of shared memory, which has "
                         f"{len(self.shared.data)}")  # fmt: skip
         self.shared.touch(places[:, None] + np.arange(size), threads, write)
+        together = min(128 // max(size, 4), LANES)  # threads whose words go at once
+        words = places[:, None] // 4 + np.arange(max(size // 4, 1))
+        turn, word = np.divmod(np.unique((threads[:, None] // together << 20) + words), 1 << 20)
+        asked = np.zeros((int(turn.max()) + 1, 32), np.int64)
+        np.add.at(asked, (turn, word % 32), 1)
+        self.traffic.conflicts += int((asked.max(1) - -(-asked.sum(1) // 32)).sum())
         return places
 
     def load(self, space: str, addresses: Array, threads: Array, element: int, count: int) -> Array:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptx_machine import Machine
+from ptx_machine import Machine, Traffic
 from ptx_program import Fault, waits
 from test_causal_conv3d import oracle, rand
 
@@ -151,11 +151,14 @@ def test_convolution_and_gradients(extension, name, architecture):
     slack = 1e-3 if extension.math == "TensorFloat32" else 1e-5  # tf32 keeps 11 bits of each factor
 
     extension.launched.clear()
+    extension.machine.traffic = Traffic()
     y = last(torch.full(wanted.shape, torch.nan), dtype)
     extension.run(architecture, "convolve", numbers, last(x, dtype), last(cache, dtype), last(weight, dtype), bias, y,
                   more=(0,))  # fmt: skip
     close(y, wanted, dtype, slack)
     half = extension.dtype in (torch.bfloat16, torch.float16)
+    if half and not (c % 8 or o % 8):  # swizzled, so that no two threads meet in a bank
+        assert extension.machine.traffic.conflicts == 0
     by_wgmma = [bool(re.search(r"TileI\w*Lb1E", kernel)) for kernel in extension.launched]
     assert any(by_wgmma) == (half and architecture == 90 and c % 8 == 0)
 

@@ -42,7 +42,18 @@ def run(architecture, files, timeout):
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "machine", "-m", "not large and not long and not machine", "-W", "ignore"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "machine",
+        "-m",
+        "not large and not long and not machine",
+        "-W",
+        "ignore",
+    ]
     done = subprocess.run([*command, *(HERE / name for name in files)], env=environment, text=True, cwd=HERE.parents[1],
                           timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

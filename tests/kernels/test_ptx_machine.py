@@ -32,13 +32,13 @@ HEAD = """
 """
 
 
-def run(body, inputs, outputs, threads=32, grid=(1,), shared=4096):
+def run(body, inputs, outputs, threads=32, grid=(1,), shared=4096, machine=None):
     """Run a kernel's body over copies of two arrays; %r0 is the thread, %d2 and %d3 are four and eight times it."""
     inputs, outputs = (np.array(x) for x in (inputs, outputs))
     memory = [(x.__array_interface__["data"][0], x.reshape(-1).view(np.uint8), name)
               for x, name in ((inputs, "in"), (outputs, "out"))]  # fmt: skip
     addresses = [struct.pack("<Q", start) for start, _, _ in memory]
-    Machine().launch(HEAD + body + "\n\tret;\n}\n", grid, threads, addresses, memory, shared=shared)
+    (machine or Machine()).launch(HEAD + body + "\n\tret;\n}\n", grid, threads, addresses, memory, shared=shared)
     return outputs
 
 
@@ -459,6 +459,19 @@ def test_one_byte_outside(space, where):
     run(body.format(step=0), memory, memory, shared=128)
     with pytest.raises(Fault, match=r"outside every tensor|of shared memory, which has"):
         run(body.format(step=step), memory, memory, shared=128)
+
+
+@pytest.mark.parametrize(("step", "cycles"), [(4, 0), (8, 1), (128, 31), (0, 0), (132, 0)])
+def test_threads_that_meet_in_a_bank(step, cycles):
+    """Words that lie 32 words apart are of one bank; of one word all threads may have their share."""
+    machine = Machine()
+    body = f"\tmul.lo.s32 %r1, %r0, {step};\n\tld.shared.b32 %r2, [%r1];"
+    run(body, [0], [0], shared=8192, machine=machine)
+    assert machine.traffic.conflicts == cycles
+    wide = f"\tmul.lo.s32 %r1, %r0, {max(step // 4, 1) * 16};\n\tld.shared.v4.b32 {{%r2, %r3, %r4, %r5}}, [%r1];"
+    machine = Machine()
+    run(wide, [0], [0], shared=32768, machine=machine)
+    assert machine.traffic.conflicts == {1: 0, 2: 4, 32: 28, 33: 0}[max(step // 4, 1)]
 
 
 def test_addresses_are_aligned():
