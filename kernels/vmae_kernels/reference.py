@@ -649,11 +649,11 @@ def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     radix = vector(places, torch.float64, z.device)
     if z.is_cpu:
         codes = rounded.double() @ radix
-        if codes.isnan().any():
+        if math.isnan(codes.sum()):
             codes = rounded.nan_to_num(0.0).double() @ radix
     else:
         codes = (rounded.nan_to_num(0.0).double() * radix).sum(-1)
-    return rounded.div_(width).to(z.dtype), (codes + lowest).to(torch.int32)
+    return rounded.div_(width).to(z.dtype), codes.add_(lowest).to(torch.int32)
 
 
 def fsq_backward(grad: Tensor, z: Tensor, levels: Sequence[int]) -> Tensor:
