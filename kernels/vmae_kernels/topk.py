@@ -7,7 +7,7 @@ from . import _csrc, reference
 from ._checks import FLOATS, count, dtype_in
 from ._library import compiled, ops, register
 from ._triton import jit, power_of_2, tl
-from ._tuning import Configuration, launch
+from ._tuning import Configuration, Limits, launch
 
 # --- the kernel ----------------------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ def _partition_kernel(
 
 
 _LARGEST = 16384  # keys that one program holds: 32 a thread
-_LIMITS = {"TILE": (128, 8192), "PARTS": (1, 8), "num_warps": (1, 16)}
+_LIMITS: Limits = {"TILE": (128, 8192), "PARTS": (1, 8), "num_warps": (1, 16)}
 _PROGRAMS = 128  # about a large GPU's multiprocessors
 
 
@@ -158,6 +158,11 @@ def configuration(n: int, rows: int) -> Configuration:
     return {"BLOCK": block, "ONE": n <= block, "TILE": tile, "PARTS": parts, "num_warps": warps}
 
 
+def limits(rule: Configuration) -> Limits:
+    """Parts count what lies before them among the keys that they hold: of a row that does not fit, that is not all."""
+    return _LIMITS if rule["ONE"] else _LIMITS | {"PARTS": (1, 1)}
+
+
 def _launch(scores: Tensor, k: int, *, rest: bool) -> tuple[Tensor, Tensor]:
     n = scores.shape[-1]
     rows = reference.rows_of(scores)
@@ -169,7 +174,8 @@ def _launch(scores: Tensor, k: int, *, rest: bool) -> tuple[Tensor, Tensor]:
             grid = (len(rows) * options["PARTS"],)
             _partition_kernel[grid](rows, selected, others, n, k, *rows.stride(), REST=rest, **options)
 
-        launch("topk", scores, (n, len(rows)), configuration(n, len(rows)), _LIMITS, run)
+        rule = configuration(n, len(rows))
+        launch("topk", scores, (n, len(rows)), rule, limits(rule), run)
     return selected, others
 
 

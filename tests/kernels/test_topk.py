@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmae_kernels import topk, topk_partition
+from vmae_kernels._tuning import neighbours
+from vmae_kernels.topk import configuration, limits
 
 SAME_WIDTH = {
     torch.float16: torch.int16,
@@ -158,3 +160,13 @@ def test_errors(function):
         function(torch.zeros(2, 5), True)
     with pytest.raises(TypeError, match=r"tensor.*got list"):
         function([1.0, 2.0], 1)
+
+
+@pytest.mark.parametrize("n", [1, 128, 129, 1568, 12544, 16384, 16385, 10**6])
+@pytest.mark.parametrize("rows", [1, 8, 17, 1000])
+def test_only_rows_that_fit_are_shared_by_programs(n, rows):
+    """The others' keys are not all there to be counted, whatever a search tries."""
+    rule = configuration(n, rows)
+    assert rule["PARTS"] == 1 or rows * rule["PARTS"] <= 128
+    tried = [rule, *neighbours(rule, limits(rule))]
+    assert any(other["PARTS"] > 1 for other in tried) == (n <= 16384)
