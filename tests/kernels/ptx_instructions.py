@@ -519,7 +519,9 @@ class _Compiler:
     def _setp(self, parts: list[str], operands: list[str]) -> Step:
         kind = parts[-1]
         relation = parts[1]
-        a, b = (self.source(x, f"u{kind[1:]}" if kind[0] == "b" and kind != "bf16" else kind) for x in operands[1:3])
+        pair = kind.endswith("x2")  # two halves, which give a predicate each
+        read = "u32" if pair else f"u{kind[1:]}" if kind[0] == "b" and kind != "bf16" else kind
+        a, b = (self.source(x, read) for x in operands[1:3])
         ordered = {"eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
                    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}  # fmt: skip
         real = self._real(parts)
@@ -542,13 +544,18 @@ class _Compiler:
         join = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, None: None}[combine]
         other = self.source(operands[3], "pred") if combine else None
         names = [x.strip() for x in operands[0].split("|")]
-        writes = [self.result(name, "pred") for name in names if name != "_"]
+        writes = [None if name == "_" else self.result(name, "pred") for name in names]
 
         def step(block: Block, mask: Array) -> None:
-            holds = compare(a(block), b(block))
-            results = [holds, ~holds]
+            if pair:
+                halves = (decoded(x(block).view(np.uint16), kind.removesuffix("x2")) for x in (a, b))
+                results = compare(*halves).reshape(-1, 2).T
+            else:
+                holds = compare(a(block), b(block))
+                results = holds, ~holds
             for write, value in zip(writes, results, strict=False):
-                write(block, value if join is None else join(value, other(block)), mask)
+                if write is not None:
+                    write(block, value if join is None else join(value, other(block)), mask)
 
         return step
 

@@ -256,6 +256,26 @@ def test_two_numbers_a_register(kind):
         assert np.isinf(result[~inside]).all()
 
 
+def test_two_halves_are_compared_by_themselves():
+    x = np.array([1, 2, 3, np.nan, -1, 5, 0, 0] * 8, np.float16)  # two a thread, 32 threads
+    body = """
+	add.s64 %d4, %d0, %d2;
+	ld.global.b32 %r1, [%d4];
+	mov.b32 %r2, 0x3C003C00;
+	setp.gtu.f16x2 %p1|%p2, %r1, %r2;
+	setp.gt.f16x2 _|%p3, %r1, %r2;
+	selp.b32 %r3, 1, 0, %p1;
+	selp.b32 %r4, 2, 0, %p2;
+	selp.b32 %r5, 4, 0, %p3;
+	or.b32 %r3, %r3, %r4;
+	or.b32 %r3, %r3, %r5;
+	add.s64 %d5, %d1, %d2;
+	st.global.b32 [%d5], %r3;"""  # against 1.0
+    got = run(body, x.view(np.uint32), np.zeros(32, np.uint32))
+    pairs = x.reshape(32, 2).tolist()
+    assert got.tolist() == [(not a <= 1) + 2 * (not b <= 1) + 4 * (b > 1) for a, b in pairs]
+
+
 def test_halves_go_to_even():
     x = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20], np.float32)
     assert widened(narrowed(x)).tolist() == [1, 1 + 2**-6, 1 + 2**-7]
