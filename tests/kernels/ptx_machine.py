@@ -234,8 +234,10 @@ class Block:
             if mask is not None:
                 park(pc, mask)
             for barrier, arrived in list(waiting.items()):
-                if sum(mask.sum() for mask, _ in arrived) >= (self.expected[barrier] or self.alive.sum()):
-                    self.shared.barrier()
+                count = sum(mask.sum() for mask, _ in arrived)
+                if count >= (self.expected[barrier] or self.alive.sum()):
+                    if count == self.alive.sum():  # among a part of the threads nothing is forgotten of the others
+                        self.shared.barrier()
                     for mask, pc in waiting.pop(barrier):
                         park(pc, mask)
         if waiting:
