@@ -9,6 +9,7 @@ from vmae.flow import flow_scores
 from vmae.mae import VideoMAE
 from vmae.tokenizer import AdaptiveTokenizer
 from vmae.tokens import TUBELET, Tokens
+from vmae_kernels import scatter_tokens
 
 
 class Prediction(NamedTuple):
@@ -55,7 +56,7 @@ def predicted(
         return Prediction(visible, selected, _in_place(clip, chosen[0], said[0])[:, :, :length].cpu())
     if tokenizer is None or tokens is None:
         raise ValueError("tokenizer: expected the one of the model's targets, got none")
-    latents = tokens.latents.float().scatter(1, chosen[..., None].expand_as(said), said.clamp(-1, 1))
+    latents = scatter_tokens(said.clamp(-1, 1), chosen, tokens.latents.shape[1], fill=tokens.latents)
     grid = (length // TUBELET[0], *tokens.grid[1:])  # what is decoded never looks at later tokens
     shown = tokens._replace(latents=latents[:, : math.prod(grid)], grid=grid)
     return Prediction(visible, selected, to_bytes(tokenizer.decode(shown)))
@@ -69,8 +70,8 @@ def _in_place(clip: Tensor, chosen: Tensor, said: Tensor) -> Tensor:
     tubelets = cut.permute(1, 3, 5, 2, 4, 6, 0).reshape(math.prod(grid), -1, 3).float() / 255
     true = tubelets[chosen]
     pixels = said.unflatten(1, (-1, 3)) * (true.std(1, keepdim=True) + 1e-6) + true.mean(1, keepdim=True)
-    tubelets[chosen] = pixels
-    video = tubelets.view(*grid, t, h, w, 3).permute(6, 0, 3, 1, 4, 2, 5)
+    whole = scatter_tokens(pixels.flatten(1)[None], chosen[None], len(tubelets), fill=tubelets.flatten(1)[None])
+    video = whole.view(*grid, t, h, w, 3).permute(6, 0, 3, 1, 4, 2, 5)
     return to_bytes(video.reshape(clip.shape))
 
 

@@ -49,10 +49,11 @@ def _invert_kernel(p_indices, p_inverse, n, k, stride_ib, stride_ik, ROWS: tl.co
 
 @jit
 def _place_kernel(
-    p_y, p_inverse, p_fill, p_x, n, d, stride_yb, stride_yk, stride_yd,
+    p_y, p_inverse, p_fill, p_x, n, d, stride_yb, stride_yk, stride_yd, stride_fb, stride_fn, stride_fd,
     FILL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """x[b, j] = y[b, inverse[b, j]] where that is 0 or more, else fill [D], or 0: each row is written once."""
+    """x[b, j] = y[b, inverse[b, j]] where that is 0 or more, else fill[b, j], or 0 (FILL is "rows", "vector" for one that
+    all rows share, or ""): each row is written once."""
     b, o_row = row_of_program(n, ROWS)
     m_row = o_row < n
     source = tl.load(p_inverse + b * n + o_row, mask=m_row, other=-1).to(tl.int64)
@@ -62,8 +63,12 @@ def _place_kernel(
         o_column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
         m_column = o_column < d
         x = tl.load(p_from + o_column * stride_yd, mask=(source >= 0)[:, None] & m_column, other=0)
-        if FILL:
-            x = tl.where((source >= 0)[:, None], x, tl.load(p_fill + o_column, mask=m_column, other=0))
+        if FILL == "vector":
+            x = tl.where((source >= 0)[:, None], x, tl.load(p_fill + o_column * stride_fd, mask=m_column, other=0))
+        if FILL == "rows":
+            p_other = p_fill + b * stride_fb + (o_row.to(tl.int64) * stride_fn)[:, None] + o_column * stride_fd
+            m_other = (m_row & (source < 0))[:, None]
+            x = tl.where(m_other, tl.load(p_other, mask=m_other & m_column, other=0), x)
         tl.store(p_to + o_column, x, mask=m_row[:, None] & m_column)
 
 
@@ -128,18 +133,20 @@ def inverted(indices: Tensor, n: int) -> Tensor:
 
 
 def place(y: Tensor, indices: Tensor, n: int, fill: Tensor | None) -> Tensor:
-    """Rows of y [B, K, D] at distinct indices [B, K] of a tensor [B, n, D], elsewhere `fill` [D] of y's dtype, or 0."""
+    """Rows of y [B, K, D] at distinct indices [B, K] of a tensor [B, n, D], elsewhere what `fill`, [D] or [B, n, D] of
+    y's dtype, has there, or 0."""
     (b, k, d) = y.shape
     x = y.new_empty(b, n, d)
     if x.numel():
         source, target = bits(y), bits(x)
         width = source.shape[2]
         inverse = inverted(indices, n)
-        filling = source if fill is None else bits(fill.contiguous()[None, None])
+        kind = "" if fill is None else "vector" if fill.ndim == 1 else "rows"
+        filling = source if fill is None else bits(fill[None, None] if kind == "vector" else fill)
 
         def run(options: Configuration) -> None:
             _place_kernel[(b * -(-n // options["ROWS"]),)](
-                source, inverse, filling, target, n, width, *source.stride(), FILL=fill is not None, **options
+                source, inverse, filling, target, n, width, *source.stride(), *filling.stride(), FILL=kind, **options
             )
 
         rule = configuration(width, source.element_size())

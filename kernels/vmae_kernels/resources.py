@@ -113,11 +113,13 @@ def cases(architecture: int) -> Iterator[Case]:
         arguments |= sizes | index | options
         about, first = f"{bits} bits, D = {d}", d == 768
         yield Case("gather_tokens", "_gather_kernel", about, arguments, warps, first=first, wide=aligned)
-        arguments = {"p_y": f"*i{bits}", "p_inverse": "*i32", "p_fill": f"*i{bits}", "p_x": f"*i{bits}",
-                     "stride_yb": row, "stride_yk": row, "stride_yd": 1, "FILL": True}  # fmt: skip
         sizes.pop("k")
-        arguments |= sizes | options
-        yield Case("gather_tokens", "_place_kernel", about, arguments, warps, first=first, wide=aligned)
+        for fill in ("vector", "rows"):
+            arguments = {"p_y": f"*i{bits}", "p_inverse": "*i32", "p_fill": f"*i{bits}", "p_x": f"*i{bits}",
+                         "stride_yb": row, "stride_yk": row, "stride_yd": 1, "stride_fb": row, "stride_fn": row,
+                         "stride_fd": 1, "FILL": fill}  # fmt: skip
+            arguments |= sizes | options
+            yield Case("gather_tokens", "_place_kernel", f"{about}, {fill}", arguments, warps, first=first, wide=aligned)
     options = dict(FILL_BACKWARD)
     warps = options.pop("num_warps")
     arguments = {"p_grad": "*bf16", "p_inverse": "*i32", "p_sums": "*fp32", "rows": "i32", "n": "i32", "d": STRIDE,

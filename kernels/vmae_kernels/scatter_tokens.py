@@ -72,17 +72,20 @@ def _fake(y: Tensor, indices: Tensor, n: int, fill: Tensor | None, value: float)
 
 def _setup_context(ctx, inputs, output) -> None:
     _, indices, ctx.n, fill, _ = inputs
-    ctx.fill_dtype = None if fill is None else fill.dtype
+    ctx.fill_dtype, ctx.shared = (None, False) if fill is None else (fill.dtype, fill.ndim == 1)
     ctx.save_for_backward(indices)
 
 
 def _backward(ctx, grad: Tensor):
     (indices,) = ctx.saved_tensors
     grad_y = ops.gather_tokens(grad, indices, True)
-    grad_fill = None
-    if ctx.fill_dtype is not None and ctx.needs_input_grad[3]:
-        grad_fill = ops.scatter_tokens_fill_backward(grad, indices).to(ctx.fill_dtype)
-    return grad_y, None, None, grad_fill, None
+    if ctx.fill_dtype is None or not ctx.needs_input_grad[3]:
+        return grad_y, None, None, None, None
+    if ctx.shared:
+        grad_fill = ops.scatter_tokens_fill_backward(grad, indices)
+    else:
+        grad_fill = ops.scatter_tokens(torch.zeros_like(grad_y), indices, ctx.n, grad, 0.0)
+    return grad_y, None, None, grad_fill.to(ctx.fill_dtype), None
 
 
 def _fake_fill_backward(grad: Tensor, indices: Tensor) -> Tensor:
@@ -120,13 +123,14 @@ register(
 
 
 def scatter_tokens(y: Tensor, indices: Tensor, n: int, *, fill: float | Tensor = 0.0) -> Tensor:
-    """Place K tokens per row among n: x[b, indices[b, i]] = y[b, i], and every other row is `fill`.
+    """Place K tokens per row among n: x[b, indices[b, i]] = y[b, i], and every other token is `fill`, or fill's.
 
     Args:
         y: [B, K, D], floating point.
         indices: [B, K], int32 or int64, in [0, n), distinct in each row.
         n: number of rows of the result, at least K.
-        fill: a number, or a [D] vector such as a mask token (differentiable, cast to y's dtype).
+        fill: a number, a [D] vector such as a mask token, or [B, n, D], the tokens among which to place them: those of
+            a layer's input that it passes by, say (differentiable, cast to y's dtype; expanded ones are not copied).
 
     Returns:
         [B, n, D] in y's dtype.
@@ -145,7 +149,10 @@ def scatter_tokens(y: Tensor, indices: Tensor, n: int, *, fill: float | Tensor =
     same_device("indices", indices, "y", y)
     count("n", n, k, why="K, the number of tokens to place")
     if isinstance(fill, Tensor):
-        sizes("fill", fill, "D", D=d)
+        if fill.ndim == 3:
+            sizes("fill", fill, "B n D", B=b, n=n, D=d)
+        else:
+            sizes("fill", fill, "D", D=d)
         same_device("fill", fill, "y", y)
         return ops.scatter_tokens(y, indices, n, fill, 0.0)
     return ops.scatter_tokens(y, indices, n, None, float(fill))

@@ -1,6 +1,8 @@
 """A plugin for pytest: what the tests of the kernels need where Triton interprets them (see test_interpreter.py)."""
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ def pytest_configure() -> None:
     settings.register_profile("interpreter", max_examples=15, deadline=None)
     settings.load_profile("interpreter")
     _mend_the_interpreter()
+    _spare_the_interpreter_work()
     # Outside, number by number; here each of them would be a launch, which takes as long as hundreds there.
     for check in ("gradcheck", "gradgradcheck"):
         setattr(torch.autograd, check, functools.partial(getattr(torch.autograd, check), fast_mode=True))
@@ -63,3 +66,23 @@ def _mend_the_interpreter() -> None:
         return dot(self, a, b, *rest)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+
+
+def _spare_the_interpreter_work() -> None:
+    """Three things that take most of its time: Triton's interpreter patches its language for a kernel, then wraps those
+    patches in others at each call of a function within; computes each sum and product of integers twice, to find
+    overflows, as a GPU does not; and makes a table of dtypes to look one up."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, everything = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+    def patch_lang(fn):
+        return patch(everything) if tl.core.is_builtin(tl.load) else None
+
+    interpreter._patch_lang = patch_lang
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    look_up = interpreter._get_np_dtype
+    known = functools.cache(look_up)
+    interpreter._get_np_dtype = lambda kind: look_up(kind) if kind.scalar.is_ptr() else known(kind.scalar)

@@ -60,6 +60,10 @@ def calls(frames, dtype):
         "gather_tokens": (lambda x: gather_tokens(x, few, unique=True), [rand(2, n, 768, dtype=dtype)]),
         "gather_duplicates": (lambda x: gather_tokens(x, many % 1000), [rand(2, n, 768, dtype=dtype)]),
         "scatter_tokens": (lambda y, f: scatter_tokens(y, few, n, fill=f), [rand(2, v, 384, dtype=dtype), rand(384)]),
+        "scatter_among": (
+            lambda y, f: scatter_tokens(y, few, n, fill=f),
+            [rand(2, v, 384, dtype=dtype), rand(2, n, 384, dtype=dtype)],
+        ),
         "decoder_tokens": (
             lambda x, m, p: decoder_tokens(x, few, many, m, p),
             [rand(2, v, 384, dtype=dtype), rand(384), rand(n, 384)],
@@ -72,8 +76,8 @@ def calls(frames, dtype):
     }
 
 
-NAMES = ("topk_partition", "soft_topk", "gather_tokens", "gather_duplicates", "scatter_tokens", "decoder_tokens",
-         "tubelets", "fsq", "attention", "attention_kv_indices", "attention_varlen")  # fmt: skip
+NAMES = ("topk_partition", "soft_topk", "gather_tokens", "gather_duplicates", "scatter_tokens", "scatter_among",
+         "decoder_tokens", "tubelets", "fsq", "attention", "attention_kv_indices", "attention_varlen")  # fmt: skip
 
 
 def evaluate(function, inputs):

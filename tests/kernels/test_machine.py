@@ -178,6 +178,11 @@ def scattered():
     return lambda: scatter_tokens(y, few, N)
 
 
+def scattered_among():
+    y, few, others = torch.randn(B, V, D).bfloat16(), rows_of(N, V), torch.randn(B, N, D).bfloat16()
+    return lambda: scatter_tokens(y, few, N, fill=others)
+
+
 def decoder():
     visible, token, positions = torch.randn(B, V, D).bfloat16(), torch.randn(D), torch.randn(N, D)
     few, some = rows_of(N, V), rows_of(N, K, 1)
@@ -201,6 +206,7 @@ MOVES = {
     # With 4 bytes for each place, the number of its row, which is written before and read.
     gathered_backward: (B * ((V + N) * ROW + 8 * V + 4 * (V + N)), 1.01, 0.9),
     scattered: (B * ((V + N) * ROW + 8 * V + 4 * (V + N)), 1.01, 0.9),
+    scattered_among: (B * (2 * N * ROW + 8 * V + 4 * (V + N)), 1.01, 0.9),
     decoder: (B * ((V + V + K) * ROW + (V + K) * (4 * D + 8)), 1.03, 0.9),
     # A tubelet's row of 48 bytes lies in two or three sectors of 32.
     cut: (B * V * (1536 * (1 + 2) + 8), 1.12, 0.9),
@@ -241,6 +247,8 @@ def test_beyond_2_31_elements():
     assert torch.equal(gather_tokens(far(x, 1), rows), x[:, [2, 0]])
     y, rows = torch.randn(3, 2, 32).half(), rows.expand(3, -1)
     assert torch.equal(scatter_tokens(far(y), rows, 3)[:, [2, 0]], y)
+    others = torch.randn(3, 3, 32).half()
+    assert torch.equal(scatter_tokens(y, rows, 3, fill=far(others))[:, 1], others[:, 1])
     positions, token = torch.randn(3, 32).half(), torch.zeros(32).half()
     placed = decoder_tokens(far(y), rows, 2 - rows, token, far(positions))
     assert torch.equal(placed, decoder_tokens(y, rows, 2 - rows, token, positions))

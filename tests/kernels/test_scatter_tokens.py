@@ -31,11 +31,12 @@ def oracle(y, indices, n, fill):
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fill", [0.0, 0.1, -3, math.inf, "vector"])
+@pytest.mark.parametrize("fill", [0.0, 0.1, -3, math.inf, "vector", "rows"])
 def test_places_and_fills(dtype, index_dtype, fill):
     y = rand(3, 4, 5, dtype=dtype)
     indices = distinct(3, 4, 9).to(index_dtype)
-    fill = rand(5, seed=1, dtype=dtype) if fill == "vector" else fill
+    shapes = {"vector": (5,), "rows": (3, 9, 5)}
+    fill = rand(*shapes[fill], seed=1, dtype=dtype) if fill in shapes else fill
     x = scatter_tokens(y, indices, 9, fill=fill)
     assert x.dtype == dtype
     assert torch.equal(x, oracle(y, indices, 9, fill))
@@ -64,6 +65,36 @@ def test_fill_is_cast_and_its_gradient_cast_back(dtype, fill_dtype):
     torch.testing.assert_close(grad_fill.double(), wanted, rtol=torch.finfo(fill_dtype).eps, atol=5e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fill_dtype", DTYPES)
+def test_tokens_among_others_get_the_gradients_of_their_places(dtype, fill_dtype):
+    y = rand(2, 3, 4, dtype=dtype).requires_grad_()
+    fill = rand(2, 8, 4, seed=1, dtype=fill_dtype).requires_grad_()
+    indices = distinct(2, 3, 8)
+    x = scatter_tokens(y, indices, 8, fill=fill)
+    assert x.dtype == dtype
+    assert torch.equal(x, oracle(y.detach(), indices, 8, fill))
+    grad = rand(2, 8, 4, seed=2, dtype=dtype)
+    grad_y, grad_fill = torch.autograd.grad(x, (y, fill), grad)
+    assert grad_fill.dtype == fill_dtype
+    wanted = grad.clone()
+    for b in range(2):
+        for i, index in enumerate(indices[b].tolist()):
+            assert torch.equal(grad_y[b, i], grad[b, index])
+            wanted[b, index] = 0
+    assert torch.equal(grad_fill, wanted.to(fill_dtype))
+
+
+def test_a_table_expanded_over_the_batch():
+    y, table = rand(3, 2, 4).requires_grad_(), rand(6, 4, seed=1).requires_grad_()
+    indices = distinct(3, 2, 6)
+    x = scatter_tokens(y, indices, 6, fill=table.expand(3, -1, -1))
+    assert torch.equal(x, oracle(y.detach(), indices, 6, table))
+    (grad,) = torch.autograd.grad(x.sum(), table)
+    wanted = 3 - torch.bincount(indices.flatten(), minlength=6)
+    assert torch.equal(grad, wanted.float()[:, None].expand(6, 4))
+
+
 def test_gradient_of_fill_does_not_stall_in_bfloat16():
     y = torch.zeros(3, 1, 2, dtype=torch.bfloat16)
     fill = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
@@ -81,8 +112,8 @@ def test_strides():
     assert torch.equal(scatter_tokens(y, indices, 6, fill=fill), oracle(y, indices, 6, fill))
     y = rand(1, 1, 4).expand(2, 3, 4)
     assert torch.equal(scatter_tokens(y, indices, 6), oracle(y, indices, 6, 0.0))
-    fill = torch.tensor([2.0]).expand(4)
-    assert torch.equal(scatter_tokens(y, indices, 6, fill=fill), oracle(y, indices, 6, fill))
+    for fill in (torch.tensor([2.0]).expand(4), rand(4, 6, 2, seed=1).permute(2, 1, 0), rand(1, 6, 1).expand(2, 6, 4)):
+        assert torch.equal(scatter_tokens(y, indices, 6, fill=fill), oracle(y, indices, 6, fill))
 
 
 def test_inverse_of_gather():
@@ -100,13 +131,16 @@ def test_inputs_unchanged():
 @pytest.mark.parametrize(("b", "k", "n", "d"), [(2, 0, 4, 3), (2, 0, 0, 3), (0, 2, 4, 3), (2, 4, 4, 3), (2, 2, 4, 0)])
 def test_edges(b, k, n, d):
     y = rand(b, k, d).requires_grad_()
-    fill = torch.full((d,), 7.0, requires_grad=True)
     indices = torch.arange(k).expand(b, k)
-    x = scatter_tokens(y, indices, n, fill=fill)
-    assert torch.equal(x, oracle(y.detach(), indices, n, fill))
-    grad_y, grad_fill = torch.autograd.grad(x.sum(), (y, fill))
-    assert torch.equal(grad_y, torch.ones_like(y))
-    assert grad_fill.tolist() == [float(b * (n - k))] * d
+    for shape in ((d,), (b, n, d)):
+        fill = torch.full(shape, 7.0, requires_grad=True)
+        x = scatter_tokens(y, indices, n, fill=fill)
+        assert torch.equal(x, oracle(y.detach(), indices, n, fill))
+        grad_y, grad_fill = torch.autograd.grad(x.sum(), (y, fill))
+        assert torch.equal(grad_y, torch.ones_like(y))
+        wanted = torch.ones(b, n, d)
+        wanted[:, :k] = 0
+        assert torch.equal(grad_fill, wanted if fill.ndim == 3 else wanted.sum((0, 1)))
 
 
 def test_gradcheck():
@@ -116,8 +150,12 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda y: scatter_tokens(y, indices, 5, fill=1.5), (y,))
     assert torch.autograd.gradcheck(lambda fill: scatter_tokens(y.detach(), indices, 5, fill=fill), (fill,))
     assert torch.autograd.gradgradcheck(lambda y, fill: scatter_tokens(y, indices, 5, fill=fill).square(), (y, fill))
+    among = rand(2, 5, 2, seed=2, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda y, fill: scatter_tokens(y, indices, 5, fill=fill), (y, among))
+    assert torch.autograd.gradgradcheck(lambda y, fill: scatter_tokens(y, indices, 5, fill=fill).square(), (y, among))
 
 
+@pytest.mark.large
 def test_more_memory_than_is_kept():
     """From 32 MiB on it is new to the process, and may come in huge pages."""
     n, d = 9001, 1000
@@ -129,10 +167,10 @@ def test_more_memory_than_is_kept():
 
 
 @pytest.mark.parametrize("b", [1, 8, 9])
-@pytest.mark.parametrize("fill", [0.5, "vector"])
+@pytest.mark.parametrize("fill", [0.5, "vector", "rows"])
 def test_few_rows_and_many(b, fill):
     y, indices = rand(b, 3, 4), distinct(b, 3, 7)
-    fill = rand(4, seed=1) if fill == "vector" else fill
+    fill = {"vector": rand(4, seed=1), "rows": rand(b, 7, 4, seed=1)}.get(fill, fill)
     assert torch.equal(scatter_tokens(y, indices, 7, fill=fill), oracle(y, indices, 7, fill))
     for row, bad in ((0, 7), (0, -1), (b - 1, 7), (b - 1, -1)):
         wrong = indices.clone()
@@ -175,6 +213,10 @@ def test_errors():
         scatter_tokens(y, indices[:1], 6)
     with pytest.raises(ValueError, match=r"fill: .*D = 3.*got \[2\]"):
         scatter_tokens(y, indices, 6, fill=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"fill: .*n = 6.*got \[2, 7, 3\]"):
+        scatter_tokens(y, indices, 6, fill=torch.zeros(2, 7, 3))
+    with pytest.raises(ValueError, match=r"fill: .*B = 2.*got \[1, 6, 3\]"):
+        scatter_tokens(y, indices, 6, fill=torch.zeros(1, 6, 3))
     with pytest.raises(ValueError, match=r"fill: .*\[D\].*got \[\]"):
         scatter_tokens(y, indices, 6, fill=torch.tensor(0.0))
     with pytest.raises(ValueError, match=r"fill: .*device of y, cpu, got meta"):

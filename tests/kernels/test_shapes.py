@@ -96,7 +96,7 @@ def test_gather_and_scatter(data):
     for i in range(b):
         placed[i, rows[i].long()] = grad[i]
     identical(torch.autograd.grad(y, x, grad)[0], placed)
-    fill = data.draw(laid_out((d,), dtype))
+    fill = data.draw(st.sampled_from([(d,), (b, n, d)]).flatmap(lambda shape: laid_out(shape, dtype)))
     whole = fill.expand(b, n, d).clone()
     for i in range(b):
         whole[i, rows[i].long()] = grad[i]
