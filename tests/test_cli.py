@@ -1,5 +1,6 @@
 """Every command, as a user types it, on generated videos."""
 
+import functools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from vmae import AdaptiveTokenizer, VideoMAE, VideoMAEConfig, checkpoint, cli, demo
+from vmae.evaluation import evaluate
 from vmae.watching import read_losses
 
 SMALL = ["--frames", "16", "--size", "32", "--workers", "0"]
@@ -51,6 +53,7 @@ def test_training_commands_write_models(trained):
 
 
 def test_a_tokenizer_is_evaluated(trained, video_folder, monkeypatch, capsys):
+    monkeypatch.setattr("vmae.tokenizer_training.evaluate", functools.partial(evaluate, scenes=4))
     asked = ["tokenizer", "--evaluate", trained / "tokenizer", "--data", video_folder, *SMALL]
     run(monkeypatch, *asked)
     text = capsys.readouterr().out
