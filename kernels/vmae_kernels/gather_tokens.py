@@ -52,8 +52,8 @@ def _place_kernel(
     p_y, p_inverse, p_fill, p_x, n, d, stride_yb, stride_yk, stride_yd, stride_fb, stride_fn, stride_fd,
     FILL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """x[b, j] = y[b, inverse[b, j]] where that is 0 or more, else fill[b, j], or 0 (FILL is "rows", "vector" for one that
-    all rows share, or ""): each row is written once."""
+    """x[b, j] = y[b, inverse[b, j]] where that is 0 or more, else fill[b, j], fill or 0 (FILL is how many dimensions it
+    has: 3, 1 or 0): each row is written once."""
     b, o_row = row_of_program(n, ROWS)
     m_row = o_row < n
     source = tl.load(p_inverse + b * n + o_row, mask=m_row, other=-1).to(tl.int64)
@@ -63,9 +63,9 @@ def _place_kernel(
         o_column = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
         m_column = o_column < d
         x = tl.load(p_from + o_column * stride_yd, mask=(source >= 0)[:, None] & m_column, other=0)
-        if FILL == "vector":
+        if FILL == 1:
             x = tl.where((source >= 0)[:, None], x, tl.load(p_fill + o_column * stride_fd, mask=m_column, other=0))
-        if FILL == "rows":
+        if FILL == 3:
             p_other = p_fill + b * stride_fb + (o_row.to(tl.int64) * stride_fn)[:, None] + o_column * stride_fd
             m_other = (m_row & (source < 0))[:, None]
             x = tl.where(m_other, tl.load(p_other, mask=m_other & m_column, other=0), x)
@@ -141,13 +141,13 @@ def place(y: Tensor, indices: Tensor, n: int, fill: Tensor | None) -> Tensor:
         source, target = bits(y), bits(x)
         width = source.shape[2]
         inverse = inverted(indices, n)
-        kind = "" if fill is None else "vector" if fill.ndim == 1 else "rows"
-        filling = source if fill is None else bits(fill[None, None] if kind == "vector" else fill)
+        filling = source if fill is None else bits(fill if fill.ndim == 3 else fill[None, None])
 
         def run(options: Configuration) -> None:
             _place_kernel[(b * -(-n // options["ROWS"]),)](
-                source, inverse, filling, target, n, width, *source.stride(), *filling.stride(), FILL=kind, **options
-            )
+                source, inverse, filling, target, n, width, *source.stride(), *filling.stride(),
+                FILL=0 if fill is None else fill.ndim, **options,
+            )  # fmt: skip
 
         rule = configuration(width, source.element_size())
         launch("place", source, (f"D{width}", b * k, b * n), rule, LIMITS, run)

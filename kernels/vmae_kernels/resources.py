@@ -114,12 +114,13 @@ def cases(architecture: int) -> Iterator[Case]:
         about, first = f"{bits} bits, D = {d}", d == 768
         yield Case("gather_tokens", "_gather_kernel", about, arguments, warps, first=first, wide=aligned)
         sizes.pop("k")
-        for fill in ("vector", "rows"):
+        for fill in (1, 3):
             arguments = {"p_y": f"*i{bits}", "p_inverse": "*i32", "p_fill": f"*i{bits}", "p_x": f"*i{bits}",
                          "stride_yb": row, "stride_yk": row, "stride_yd": 1, "stride_fb": row, "stride_fn": row,
                          "stride_fd": 1, "FILL": fill}  # fmt: skip
             arguments |= sizes | options
-            yield Case("gather_tokens", "_place_kernel", f"{about}, {fill}", arguments, warps, first=first, wide=aligned)
+            named = f"{about}, fill of {fill} dimensions"
+            yield Case("gather_tokens", "_place_kernel", named, arguments, warps, first=first, wide=aligned)
     options = dict(FILL_BACKWARD)
     warps = options.pop("num_warps")
     arguments = {"p_grad": "*bf16", "p_inverse": "*i32", "p_sums": "*fp32", "rows": "i32", "n": "i32", "d": STRIDE,

@@ -1,6 +1,6 @@
 """A plugin for pytest: Triton compiles for a GPU, and `ptx_machine` runs what it made, on CPU tensors.
 
-VMAE_MACHINE names the architecture, 80 or 90.
+VMAE_MACHINE names the architecture: 80, 90, 100 or 120.
 """
 
 import os

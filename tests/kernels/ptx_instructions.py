@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from ptx_program import NUMBERS, UNSIGNED, Array, Block, Fault, Instruction, Program, Unknown
+from ptx_program import LANES, NUMBERS, UNSIGNED, Array, Block, Fault, Instruction, Program, Unknown
+from ptx_tensor_memory import Barrier
 
-LANES = 32  # threads of a warp
 Step = Callable[[Any, Array], None]
 """Of a block (`ptx_machine.Block`), and which of its threads take part; None: all."""
 
@@ -102,6 +102,8 @@ class _Compiler:
             return "barrier", (barrier, count)
         if STRANGE & set(parts) and (head, STRANGE & set(parts)) != ("cvt", {"sat"}):
             raise Unknown(instruction.text)
+        if parts[:3] == ["fence", "proxy", "async"]:
+            return None, lambda block, mask: block.shared.fence(block.active(mask))
         if head in NOTHING:
             return None, lambda block, mask: None
         if head in SAME and "cc" not in parts:
@@ -859,7 +861,7 @@ class _Compiler:
                     while len(block.products) > remain:
                         for read, _ in block.products.pop(0):
                             for places in read:
-                                np.subtract.at(block.shared.watched, places, 1)
+                                block.shared.released(places)
                     left = [*block.open, *(product for group in block.products for product in group)]
                     block.busy = set().union(*(written for _, written in left))
 
@@ -887,13 +889,15 @@ class _Compiler:
             totals = np.zeros((block.threads // 32, 16, n))
             rows = None if not in_registers else fragment_a([x(block) for x in a], of, k).astype(np.float64)
             for threads in some:
-                right = self._described(block, int(b(block)[threads[0]]), n, k, of, turned_b, threads, read)
+                right = self._described(block, int(b(block)[threads[0]]), n, k, of, turned_b, threads[0], read)
                 if rows is None:
-                    left = self._described(block, int(a[0](block)[threads[0]]), 64, k, of, turned_a, threads, read)
+                    left = self._described(block, int(a[0](block)[threads[0]]), 64, k, of, turned_a, threads[0], read)
                     left = left.reshape(4, 16, k)
                 else:
                     left = rows[threads[0] // 32 : threads[0] // 32 + 4]
                 totals[threads[0] // 32 : threads[0] // 32 + 4] = left @ right.T
+            for places in read:
+                block.shared.reader[places] = -1  # all of the group read it
             registers = {self.numbers[x] for x in out}
             block.open.append((read, registers))
             block.busy = block.busy | registers
@@ -906,7 +910,7 @@ class _Compiler:
         return step
 
     def _described(
-        self, block: Block, descriptor: int, rows: int, k: int, of: str, turned: int, threads: Array, read: list[Array]
+        self, block: Block, descriptor: int, rows: int, k: int, of: str, turned: int, thread: int, read: list[Array]
     ) -> Array:
         """The matrix [rows, k] that a descriptor names in shared memory, whose places are added to `read`; `turned`:
         rows are what lies side by side."""
@@ -929,14 +933,170 @@ class _Compiler:
         bits = {128: 7, 64: 3, 32: 1, 16: 0}[line]
         places = places ^ ((places >> 7 & bits) << 4)
         touched = places[..., None] + np.arange(size)
-        if (touched >= len(block.shared.data)).any():
-            raise Fault(f"a product reads byte {int(touched.max())} of shared memory, of {len(block.shared.data)}")
-        block.shared.touch(touched.reshape(1, -1), threads[:1], False)
-        block.shared.reader[touched] = -1  # all of the group read it
-        np.add.at(block.shared.watched, touched, 1)
+        bits_of = np.ascontiguousarray(block.shared.read_by_product(touched, thread)).view(UNSIGNED[size])[..., 0]
         read.append(touched)
-        bits_of = np.ascontiguousarray(block.shared.data[touched]).view(UNSIGNED[size])[..., 0]
         return (bits_of.view(np.float32) if of == "tf32" else decoded(bits_of, of)).astype(np.float64)
+
+    # Tensor memory (compute capability 10.0).
+
+    def _elect(self, parts: list[str], operands: list[str]) -> Step:
+        lane, elected = (x.strip() for x in operands[0].split("|"))
+        writes = self.result(lane, "u32"), self.result(elected, "pred")
+
+        def step(block: Block, mask: Array) -> None:
+            self._together(block, mask)
+            writes[0](block, np.zeros(block.threads, np.uint32), mask)
+            writes[1](block, block.all % LANES == 0, mask)
+
+        return step
+
+    def _mbarrier(self, parts: list[str], operands: list[str]) -> Step:
+        if parts[1] == "try_wait" and "parity" in parts:
+            complete = self.result(operands[0], "pred")
+            address, parity = self.address(operands[1]), self.source(operands[2], "u32")
+
+            def wait(block: Block, mask: Array) -> None:
+                some = block.active(mask)
+                which = {(int(a), int(p)) for a, p in zip(address(block)[some], parity(block)[some], strict=True)}
+                if len(which) > 1:
+                    raise Unknown("threads that wait for different barriers at once")
+                place, wanted = which.pop()
+                block.in_shared(np.full(len(some), place), some, 8, False)
+                complete(block, np.full(block.threads, block.tensor.waited(place, wanted)), mask)
+
+            return wait
+        if parts[1] not in ("init", "inval"):
+            raise Unknown(".".join(parts))
+        address, count = self.address(operands[0]), int(operands[1]) if len(operands) > 1 else 1
+
+        def step(block: Block, mask: Array) -> None:
+            if count != 1:
+                raise Unknown(f"a barrier at which {count} arrive")
+            some = block.active(mask)
+            for place in block.in_shared(address(block)[some], some, 8, True).tolist():
+                if parts[1] == "init":
+                    block.tensor.barriers[place] = Barrier()
+                else:
+                    del block.tensor.barriers[place]
+
+        return step
+
+    def _tcgen05(self, parts: list[str], operands: list[str]) -> Step:
+        what = parts[1]
+        if "cta_group::2" in parts:
+            raise Unknown(".".join(parts))
+        if what == "mma":
+            return self._tensor_product(parts, operands)
+        if what in ("ld", "st"):
+            return self._tensor_move(parts, operands)
+        if what == "commit":
+            address = self.address(operands[0])
+
+            def commit(block: Block, mask: Array) -> None:
+                (some,) = block.active(mask)
+                block.tensor.commit(int(address(block)[some]))
+
+            return commit
+        if what in ("wait::ld", "wait::st"):
+            return lambda block, mask: block.tensor.finish(what[-2:], block.active(mask))
+        if what == "relinquish_alloc_permit":
+            return lambda block, mask: None
+        if what not in ("alloc", "dealloc"):
+            raise Unknown(".".join(parts))
+        first = self.address(operands[0]) if what == "alloc" else self.source(operands[0], "u32")
+        columns = self.source(operands[1], "u32")
+
+        def reserve(block: Block, mask: Array) -> None:
+            some = block.active(mask)
+            if len(some) != LANES or len(set(some // LANES)) > 1:
+                raise Fault("tensor memory is given out to one whole warp")
+            value, count = int(first(block)[some[0]]), int(columns(block)[some[0]])
+            if what == "alloc":
+                begin = np.array([[block.tensor.allocate(count)]], np.uint32)
+                block.store("shared", np.array([value]), some[:1], begin)
+            else:
+                block.tensor.free(value, count)
+
+        return reserve
+
+    def _tensor_move(self, parts: list[str], operands: list[str]) -> Step:
+        """Between registers and the quarter of tensor memory that is a warp's."""
+        shape = next((x for x in parts if x in ("32x32b", "16x32bx2")), None)
+        if shape is None or parts[-1] != "b32" or "pack::16b" in parts or "unpack::16b" in parts:
+            raise Unknown(".".join(parts))
+        load = parts[1] == "ld"
+        names, at, *rest = operands if load else (operands[-1], operands[0], *operands[1:-1])
+        address, apart = self.address(at), int(rest[0], 0) if rest else 0
+        registers = self.vector(names)
+        ends = [self.result(x, "u32") if load else self.source(x, "u32") for x in registers]
+
+        def step(block: Block, mask: Array) -> None:
+            self._together(block, mask)
+            some = block.active(mask)
+            begin = address(block)[some].astype(np.int64) & 0xFFFFFFFF
+            lane, column, thread = begin >> 16, begin & 0xFFFF, some % LANES
+            if (lane // LANES != some // LANES % 4).any() or (lane % (32 if shape == "32x32b" else 16)).any():
+                raise Fault("a warp reaches beyond its own lanes of tensor memory")
+            if shape == "32x32b":
+                lane = lane + thread
+            else:
+                lane, column = lane + thread % 16, column + thread // 16 * apart
+            places = block.tensor.places(lane[:, None], column[:, None] + np.arange(len(registers)))
+            if not load:
+                block.tensor.store(places, some, np.stack([source(block)[some] for source in ends], 1))
+                return
+            values = block.tensor.load(places, some)
+            for i, write in enumerate(ends):
+                whole = np.zeros(block.threads, np.uint32)
+                whole[some] = values[:, i]
+                write(block, whole, mask)
+
+        return step
+
+    def _tensor_product(self, parts: list[str], operands: list[str]) -> Step:
+        """One thread's product D = A B + D, D in tensor memory, A there or in shared memory, B in this, each described
+        by 64 bits, and all by 32 more."""
+        if parts[2:] != ["cta_group::1", "kind::f16"] or len(operands) != 5:
+            raise Unknown(".".join(parts))
+        out, in_tensor = self.address(operands[0]), operands[1].startswith("[")
+        a = self.address(operands[1]) if in_tensor else self.source(operands[1], "u64")
+        b, described, added = map(self.source, operands[2:], ("u64", "u32", "pred"))
+
+        def step(block: Block, mask: Array) -> None:
+            (thread,) = block.active(mask)
+            word = int(described(block)[thread])
+            if word >> 4 & 3 != 1 or word & 0xE080604F:
+                raise Unknown(f"a product described by {word:#x}")
+            kinds = [{0: "f16", 1: "bf16"}[word >> shift & 7] for shift in (7, 10)]
+            turned = [word >> shift & 1 for shift in (15, 16)]
+            n, m, k = (word >> 17 & 63) * 8, (word >> 24 & 31) * 16, 16
+            if m not in (64, 128):
+                raise Unknown(f"a product of {m} rows")
+            tensor, read = block.tensor, []
+
+            def matrix(descriptor: int, rows: int, i: int) -> Array:
+                if descriptor >> 46 & 7 != 1 or descriptor >> 52 & 0x1FF or descriptor >> 61 & 1:
+                    raise Unknown(f"a matrix described by {descriptor:#x}")
+                return self._described(block, descriptor, rows, k, kinds[i], turned[i], thread, read)
+
+            def placed(address: int, columns: int) -> Array:
+                """Where rows of a matrix are: of 64, 16 in each warp's quarter."""
+                row = np.arange(m)
+                lane = row if m == 128 else row // 16 * 32 + row % 16
+                return tensor.places((address >> 16) + lane[:, None], (address & 0xFFFF) + np.arange(columns)[None])
+
+            right = matrix(int(b(block)[thread]), n, 1)
+            left_places = None
+            if in_tensor:
+                left_places = placed(int(a(block)[thread]) & 0xFFFFFFFF, k // 2)
+                pairs = tensor.read_by_product(left_places, thread)
+                left = decoded(np.ascontiguousarray(pairs).view(np.uint16), kinds[0]).astype(np.float64)
+            else:
+                left = matrix(int(a(block)[thread]), m, 0)
+            places = placed(int(out(block)[thread]) & 0xFFFFFFFF, n)
+            tensor.product(places, left @ right.T, bool(added(block)[thread]), thread, read, left_places)
+
+        return step
 
 
 _GROUP, _INNER = np.arange(LANES) // 4, np.arange(LANES) % 4

@@ -8,6 +8,7 @@ cannot: what the compiler made of the layouts, matrix fragments and asynchronous
   so in global memory;
 - a byte of an asynchronous copy, or one that an asynchronous product reads, touched before it was waited for. Copies
   read and write as late as the wait allows, so that what needed them earlier finds the old bytes;
+- an asynchronous product that reads what threads have written, without a fence between the two ways to memory;
 - a shuffle, vote or matrix instruction that not all of its threads reach together; a barrier that some never reach.
 
 Arithmetic is IEEE's, but for `.approx`, which is exact here, and matrix products, summed in float64. All threads of a
@@ -20,84 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ptx_instructions import LANES, compiled
-from ptx_program import NUMBERS, UNSIGNED, Array, Fault, Program, parsed
-
-
-class Region:
-    """Bytes that blocks share, and which of them have read and written each."""
-
-    def __init__(self, start: int, data: Array, name: str, watched: bool):
-        self.start, self.data, self.name = start, data, name
-        self.views = {size: data[: len(data) // size * size].view(UNSIGNED[size]) for size in UNSIGNED}
-        self.writer, self.reader = (np.zeros(len(data) if watched else 0, np.int32) for _ in range(2))
-        self.watched = watched
-
-    def touch(self, places: Array, block: int, write: bool) -> Array:
-        """Note an access by a block (from 1 on); which places another block has touched so that the order counts."""
-        if not self.watched:
-            return np.zeros(places.shape, np.bool_)
-        writer, reader = self.writer[places], self.reader[places]
-        bad = (writer != 0) & (writer != block)
-        if write:
-            bad |= (reader != 0) & (reader != block)
-            self.writer[places] = block
-        else:
-            self.reader[places] = np.where((reader == 0) | (reader == block), block, -1)
-        return bad
-
-
-class Shared:
-    """A block's shared memory, and who has touched each byte since the last barrier."""
-
-    def __init__(self, size: int, threads: int):
-        self.data = np.full(size, 0xA5, np.uint8)
-        self.views = {width: self.data[: size // width * width].view(UNSIGNED[width]) for width in UNSIGNED}
-        self.writer, self.reader = np.zeros(size, np.int32), np.zeros(size, np.int32)  # thread + 1; -2 - warp; -1
-        self.written, self.read = np.zeros(size, np.int32), np.zeros(size, np.int32)  # in which phase of its warp
-        self.flying = np.zeros(size, np.int32)  # copies under way
-        self.watched = np.zeros(size, np.int32)  # products under way that read it
-        self.phase = np.zeros(threads // LANES + 1, np.int32)  # of each warp: how often its threads have met
-
-    def barrier(self) -> None:
-        self.writer[:] = 0
-        self.reader[:] = 0
-
-    def touch(self, places: Array, threads: Array, write: bool) -> None:
-        """Note accesses to bytes [threads, bytes], or raise `Fault`."""
-        who = np.broadcast_to(threads[:, None] + 1, places.shape)
-        warp = (who - 1) // LANES
-
-        def others(known: Array, phase: Array) -> Array:
-            """Whether someone else has touched a byte since these threads last met."""
-            of = np.where(known > 0, (known - 1) // LANES, -2 - known)  # -1: of several warps
-            return (known != 0) & (known != who) & ~((of == warp) & (phase < self.phase[warp]))
-
-        written = others(self.writer[places], self.written[places])
-        bad = written | (self.flying[places] > 0)
-        if write:
-            bad |= others(self.reader[places], self.read[places]) | (self.watched[places] > 0)
-        if bad.any():
-            thread, byte = (int(x[bad][0]) for x in (who - 1, places))
-            verb = "writes" if write else "reads"
-            if self.flying[byte]:
-                raise Fault(f"thread {thread} {verb} shared byte {byte}, which an asynchronous copy has yet to write")
-            if write and self.watched[byte]:
-                raise Fault(f"thread {thread} writes shared byte {byte}, which an asynchronous product still reads")
-            before = "wrote" if written[bad][0] else "read"
-            raise Fault(f"race: thread {thread} {verb} shared byte {byte}, which another {before} since they last met")
-        if write:
-            self.writer[places], self.written[places] = who, self.phase[warp]
-            return
-        known = self.reader[places]
-        of = np.where(known > 0, (known - 1) // LANES, -2 - known)
-        own = (known == 0) | (known == who) | ((of == warp) & (self.read[places] < self.phase[warp]))
-        self.reader[places] = np.where(own, who, np.where(of == warp, -2 - warp, -1))
-        lost = own & (self.reader[places] != who)  # to another thread that reads it in this very instruction
-        if lost.any():
-            same = (self.reader[places[lost]] - 1) // LANES == warp[lost]
-            self.reader[places[lost]] = np.where(same, -2 - warp[lost], -1)
-        self.read[places] = self.phase[warp]
+from ptx_instructions import compiled
+from ptx_memory import Region, Shared
+from ptx_program import LANES, NUMBERS, UNSIGNED, Array, Fault, Program, Unknown, parsed
+from ptx_tensor_memory import TensorMemory
 
 
 @dataclass
@@ -199,6 +126,7 @@ class Block:
         self.products: list[list[tuple[list[Array], set[int]]]] = []
         self.open: list[tuple[list[Array], set[int]]] = []
         self.busy: set[int] = set()
+        self.tensor = TensorMemory(self.shared, self.threads)
 
     def put(self, register: int, value: Array, mask: Array) -> None:
         registers = self.registers
@@ -238,12 +166,15 @@ class Block:
                 if count >= (self.expected[barrier] or self.alive.sum()):
                     if count == self.alive.sum():  # among a part of the threads nothing is forgotten of the others
                         self.shared.barrier()
+                        self.tensor.barrier()
                     for mask, pc in waiting.pop(barrier):
                         park(pc, mask)
         if waiting:
             raise Fault(f"{self.program.name}: barrier {next(iter(waiting))} is never reached by all")
         if self.copies:
             raise Fault(f"{self.program.name}: ends with asynchronous copies that were not waited for")
+        if self.tensor.begin is not None:
+            raise Fault(f"{self.program.name}: ends with tensor memory that was not given back")
 
     def advance(
         self, pc: int, mask: Array, park: Callable[[int, Array], None], waiting: dict[str, list[tuple[Array, int]]]
@@ -275,6 +206,8 @@ class Block:
             return pc, others, False
         except Fault as fault:
             raise Fault(f"{fault} ({self.program.name}, block {self.number - 1}: {text})") from None
+        except Unknown:
+            raise
         except Exception as error:
             raise RuntimeError(f"{self.program.name}: {text}") from error
 

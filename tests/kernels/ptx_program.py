@@ -16,6 +16,7 @@ NUMBERS = {
 }  # fmt: skip
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
+LANES = 32  # threads of a warp
 Array = Any
 Block = Any  # of ptx_machine, which knows the others
 
@@ -73,6 +74,7 @@ def parsed(ptx: str, name: str | None = None) -> Program:
     """The kernel of a name, or the only one, of a PTX module."""
     ptx = re.sub(r"//[^\n]*", "", ptx)
     ptx = re.sub(r"^\s*\.(loc|file|pragma)\b[^\n]*$", "", ptx, flags=re.MULTILINE)
+    ptx = _named_apart(ptx)
     ptx = re.sub(r"\.section\s+\.debug[^{]*\{.*?\n\s*\}", "", ptx, flags=re.DOTALL)
     entries = re.findall(r"\.entry\s+([\w$]+)", ptx)
     name = name or entries[0]
@@ -107,6 +109,15 @@ def parsed(ptx: str, name: str | None = None) -> Program:
         else:
             program.instructions.append(_instruction(statement))
     return program
+
+
+def _named_apart(ptx: str) -> str:
+    """With names of their own for the labels of each scope within braces: the same ones come again in the next."""
+    pieces = re.split(r"(\{[^{};]*;[^{}]*\})", ptx)
+    for i in range(1, len(pieces), 2):
+        for label in re.findall(r"^\s*([A-Za-z_]\w*):\s", pieces[i], re.MULTILINE):
+            pieces[i] = re.sub(rf"\b{label}\b", f"{label}_{i}", pieces[i])
+    return "".join(pieces)
 
 
 def _statements(body: str) -> list[str]:
@@ -162,11 +173,14 @@ def _instruction(text: str) -> Instruction:
     return Instruction(text, found[3].split("."), operands, (found[2], found[1] == "!") if found[2] else None)
 
 
-def waits(ptx: str) -> Iterator[str]:
-    """The code without one of its barriers or waits, for each of them: to see whether that is noticed."""
-    wait = r"\b(bar\.sync|barrier\.sync|cp\.async\.wait_(group|all)|wgmma\.wait_group)\b[^;]*;"
+def waits(ptx: str) -> Iterator[tuple[str, str]]:
+    """The code without one of its barriers and waits ("wait"), or fences ("fence"), for each: is that noticed?"""
+    wait = (
+        r"\b(bar\.sync|barrier\.sync|cp\.async\.wait_(group|all)|wgmma\.wait_group|tcgen05\.wait::\w+|"
+        r"mbarrier\.try_wait|fence\.proxy\.async)\b[^;]*;"
+    )
     for found in re.finditer(wait, ptx):
-        yield ptx[: found.start()] + ptx[found.end() :]
+        yield "fence" if found[1].startswith("fence") else "wait", ptx[: found.start()] + ptx[found.end() :]
 
 
 def met_after(program: Program) -> tuple[list[int], list[int]]:

@@ -200,7 +200,7 @@ def test_a_kernel_without_one_of_its_waits_is_noticed(extension, architecture):
     own = whole[begin : None if end < 0 else end]
     noticed, tried = 0, 0
     try:
-        for without in waits(own):
+        for _, without in waits(own):
             tried += 1
             extension.change = lambda ptx, without=without: ptx.replace(own, without)
             try:

@@ -61,7 +61,7 @@ def run(architecture, files, timeout):
 
 
 @outside
-@pytest.mark.parametrize("architecture", [80, 90, pytest.param(120, marks=pytest.mark.machine)])
+@pytest.mark.parametrize("architecture", [80, 90, *(pytest.param(x, marks=pytest.mark.machine) for x in (100, 120))])
 def test_every_kernel(architecture):
     run(architecture, ["test_machine.py"], 900)
 
@@ -122,7 +122,7 @@ def test_matrix_instructions(dtype, m, n, d):
     machine.launches.clear()
     inputs = heads(m, n, d, dtype)
     check_attention(attention, exact, inputs, torch.randn(1, 1, m, d).to(dtype))
-    products = r"\bwgmma\.mma_async" if machine.ARCHITECTURE == 90 else r"\bmma\.sync"
+    products = {90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma"}.get(machine.ARCHITECTURE, r"\bmma\.sync")
     multiplied = [launch for launch in machine.launches if re.search(products, launch.ptx)]
     assert len(multiplied) == 3  # forward, keys, queries
 
@@ -270,21 +270,24 @@ def test_beyond_2_31_elements():
 
 @inside
 def test_a_kernel_without_one_of_its_waits_is_noticed():
-    """Each barrier, and each wait for copies or products, is taken out of attention's kernels by itself."""
+    """Each barrier, each wait for copies or products, and each fence, taken out of attention's kernels by itself."""
     import machine
     from ptx_program import Fault, waits
 
     machine.launches.clear()
     q, k, v = heads(70, 150, 64, torch.bfloat16)
     torch.autograd.grad(attention(q, k, v), (q, k, v), torch.randn(1, 1, 70, 64).bfloat16())
-    noticed, tried = 0, 0
+    noticed: dict[str, list[bool]] = {"wait": [], "fence": []}
     for launch in [launch for launch in machine.launches if "delta" not in launch.kernel]:
-        for without in waits(launch.ptx):
-            tried += 1
+        for what, without in waits(launch.ptx):
             try:
                 launch.run(without)
             except Fault:
-                noticed += 1
+                noticed[what].append(True)
+            else:
+                noticed[what].append(False)
     # The others stand before the first stage and behind the loop, and guard nothing at these sizes.
-    assert tried > 20
-    assert noticed > 0.8 * tried
+    assert len(noticed["wait"]) > 20
+    assert sum(noticed["wait"]) > 0.8 * len(noticed["wait"])
+    if noticed["fence"]:  # each kernel needs one; others follow it before anything is written
+        assert sum(noticed["fence"]) >= 3

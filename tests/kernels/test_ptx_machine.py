@@ -397,7 +397,7 @@ def test_a_copy_comes_no_earlier_than_it_is_waited_for():
     got = run(body, numbers, np.zeros((32, 4), np.uint32))
     assert (got[1::2] == numbers[1::2]).all()
     assert (got[::2] == 0).all()  # a size of 0 fills with zeros
-    with pytest.raises(Fault, match="asynchronous copy has yet to write"):
+    with pytest.raises(Fault, match="something asynchronous has yet to write"):
         run(body.replace("wait_group 0", "wait_group 1"), numbers, np.zeros((32, 4), np.uint32))
     with pytest.raises(Fault, match="were not waited for"):
         run(body.replace("cp.async.wait_group 0;", "ret;"), numbers, np.zeros((32, 4), np.uint32))
@@ -450,6 +450,132 @@ def test_blocks_do_not_wait_for_each_other():
         run(body, [0], np.zeros(1, np.uint32), grid=(2,))
     added = run("\tred.global.gpu.relaxed.add.u32 [%d1], 1;", [0], np.zeros(1, np.uint32), grid=(2,))
     assert added.tolist() == [64]
+
+
+# Columns are those of thread 0's warp; its address in shared memory is 0.
+TENSOR = """
+	mov.b32 %r1, memory;
+	setp.lt.u32 %p1, %r0, 32;
+	@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;
+	bar.sync 0;
+	ld.shared.b32 %r2, [%r1];
+	shr.u32 %r3, %r0, 5;
+	shl.b32 %r3, %r3, 21;
+	add.s32 %r4, %r2, %r3;{body}
+	bar.sync 0;
+	@%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r2, 32;"""
+
+
+def test_tensor_memory_keeps_what_is_stored():
+    body = """
+	shl.b32 %r5, %r0, 8;
+	or.b32 %r6, %r5, 1;
+	tcgen05.st.sync.aligned.32x32b.x2.b32 [%r4 + 4], {%r5, %r6};
+	tcgen05.wait::st.sync.aligned;
+	{load}
+	add.s64 %d4, %d1, %d3;
+	st.global.v2.b32 [%d4], {%r7, %r8};
+	tcgen05.wait::ld.sync.aligned;"""
+    whole = "tcgen05.ld.sync.aligned.32x32b.x2.b32 {%r7, %r8}, [%r4 + 4];"
+    out = np.zeros((128, 2), np.uint32)
+    got = run(TENSOR.format(body=body.replace("{load}", whole)), [0], out, threads=128)
+    assert got.tolist() == [[t << 8, t << 8 | 1] for t in range(128)]
+    # 16 rows of a warp's 32: its second half of threads reads the same ones, as many columns further as is said.
+    halves = "tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {%r7}, [%r4 + 4], 1; mov.b32 %r8, 7;"
+    got = run(TENSOR.format(body=body.replace("{load}", halves)), [0], out, threads=128)
+    assert got[:, 0].tolist() == [(t // 32 * 32 + t % 16) << 8 | (t % 32 >= 16) for t in range(128)]
+    good = TENSOR.format(body=body.replace("{load}", whole))
+    for old, new, words in (
+        ("tcgen05.wait::st.sync.aligned;", "", "has yet to write"),
+        ("tcgen05.wait::ld.sync.aligned;", "", "given back while it is in use"),
+        ("[%r4 + 4], {", "[%r4 + 31], {", "columns of tensor memory that are not had"),
+        ("shl.b32 %r3, %r3, 21;", "mov.b32 %r3, 0;", "beyond its own lanes"),
+        ("@%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r2, 32;", "", "not given back"),
+        ("@%p1 tcgen05.alloc", "tcgen05.alloc", "one whole warp"),
+        ("[%r1], 32", "[%r1], 48", "48 columns"),
+    ):
+        assert old in good
+        with pytest.raises(Fault, match=words):
+            run(good.replace(old, new), [0], out, threads=128)
+
+
+# Rows of 16 numbers, a thread's own of A and, for the first 16 threads, of B^T, in shared memory from byte 1024 and
+# 8192 on: 16 bytes of 8 rows together, then the next 8 rows, and the second half of all rows behind.
+PRODUCT = """
+	shl.b32 %r5, %r0, 4;
+	add.s32 %r5, %r5, %r1;
+	mul.wide.u32 %d4, %r0, 32;
+	add.s64 %d5, %d0, %d4;
+	ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%d5];
+	ld.global.v4.b32 {%r14, %r15, %r16, %r17}, [%d5 + 16];
+	st.shared.v4.b32 [%r5 + 1024], {%r10, %r11, %r12, %r13};
+	st.shared.v4.b32 [%r5 + 3072], {%r14, %r15, %r16, %r17};
+	setp.lt.u32 %p2, %r0, 16;
+	ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%d5 + 4096];
+	ld.global.v4.b32 {%r14, %r15, %r16, %r17}, [%d5 + 4112];
+	@%p2 st.shared.v4.b32 [%r5 + 8192], {%r10, %r11, %r12, %r13};
+	@%p2 st.shared.v4.b32 [%r5 + 8448], {%r14, %r15, %r16, %r17};
+	setp.eq.u32 %p3, %r0, 0;
+	@%p3 mbarrier.init.shared::cta.b64 [%r1 + 8], 1;
+	fence.proxy.async.shared::cta;
+	bar.sync 0;
+	mov.b32 %r18, {described};
+	add.s32 %r19, %r1, 1024;
+	bfe.u32 %r19, %r19, 4, 14;
+	or.b32 %r19, %r19, 8388608;
+	add.s32 %r20, %r1, 8192;
+	bfe.u32 %r20, %r20, 4, 14;
+	or.b32 %r20, %r20, 1048576;
+	mov.b32 %r21, 16392;
+	mov.b64 %d6, {%r19, %r21};
+	mov.b64 %d7, {%r20, %r21};
+	mov.pred %p4, 0;
+	@%p3 tcgen05.mma.cta_group::1.kind::f16 [%r2 + 0], %d6, %d7, %r18, %p4;
+	mov.pred %p4, -1;
+	@%p3 tcgen05.mma.cta_group::1.kind::f16 [%r2 + 0], %d6, %d7, %r18, %p4;
+	@%p3 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r1 + 8];
+	mov.b32 %r9, 0;
+	{ .reg .pred complete; again: mbarrier.try_wait.parity.shared::cta.b64 complete, [%r1 + 8], %r9;
+	@!complete bra.uni again; }
+	tcgen05.ld.sync.aligned.32x32b.x8.b32 {%r10, %r11, %r12, %r13, %r14, %r15, %r16, %r17}, [%r4];
+	tcgen05.wait::ld.sync.aligned;
+	add.s64 %d8, %d1, %d4;
+	st.global.v4.b32 [%d8], {%r10, %r11, %r12, %r13};
+	st.global.v4.b32 [%d8 + 16], {%r14, %r15, %r16, %r17};"""
+
+
+def test_products_in_tensor_memory():
+    numbers = np.random.default_rng(0).integers(-8, 8, (256, 16)).astype(np.float16)
+    wanted = 2 * (numbers[:128].astype(np.float64) @ numbers[128:144].astype(np.float64).T)[:, :8]
+    body = TENSOR.replace("{body}", PRODUCT)
+
+    def code(rows):  # float16, summed in float32, of so many rows and 16 columns
+        return body.replace("{described}", str(rows // 16 << 24 | 2 << 17 | 1 << 4))
+
+    out = np.zeros((128, 8), np.float32)
+    got = run(code(128), numbers, out, threads=128, shared=16384)
+    assert (got == wanted).all()
+    got = run(code(64), numbers, out, threads=128, shared=16384)  # 16 rows in a warp's first 16 lanes
+    assert (got.reshape(4, 32, 8)[:, :16].reshape(64, 8) == wanted[:64]).all()
+    for old, new, words in (
+        ("fence.proxy.async.shared::cta;", "", "no fence.proxy.async"),
+        ("fence.proxy.async.shared::cta;\n\tbar.sync 0;", "fence.proxy.async.shared::cta;", "race"),
+        ("mov.b32 %r9, 0;", "mov.b32 %r9, 1;", "has yet to write"),
+        ("@%p3 tcgen05.commit", "@!%p4 tcgen05.commit", "nobody has asked for"),
+        ("@%p3 mbarrier.init.shared::cta.b64 [%r1 + 8], 1;", "", "where no barrier is"),
+        ("tcgen05.ld.sync", "st.shared.b32 [%r5 + 1024], %r0;\n\ttcgen05.ld.sync", None),
+        ("mov.b32 %r9, 0;", "mov.b32 %r9, 0;\n\tst.shared.b32 [%r5 + 1024], %r0;", "still reads"),
+    ):
+        assert old in code(128)
+        changed = code(128).replace(old, new)
+        if words is None:
+            run(changed, numbers, out, threads=128, shared=16384)
+            continue
+        with pytest.raises(Fault, match=words):
+            run(changed, numbers, out, threads=128, shared=16384)
+    with pytest.raises(Unknown, match="a product described"):
+        run(code(128).replace(str(8 << 24 | 2 << 17 | 1 << 4), str(8 << 24 | 2 << 17)), numbers, out, threads=128,
+            shared=16384)  # fmt: skip
 
 
 def test_threads_that_write_one_place():
@@ -515,6 +641,6 @@ def test_what_not_all_threads_reach():
 
 
 def test_what_it_does_not_know_it_says():
-    for instruction in ("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;", "ld.b32 %r1, [%d1];"):
+    for instruction in ("tcgen05.shift.cta_group::1.down [%r1];", "ld.b32 %r1, [%d1];"):
         with pytest.raises(Unknown):
             run("\t" + instruction, [0], [0])
