@@ -69,7 +69,7 @@ def test_every_kernel(architecture):
 @outside
 @pytest.mark.machine
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_the_tests_of_every_operation_pass_with_its_compiled_kernel(architecture, file):
     run(architecture, [file], 3600)
 
@@ -286,8 +286,9 @@ def test_a_kernel_without_one_of_its_waits_is_noticed():
                 noticed[what].append(True)
             else:
                 noticed[what].append(False)
-    # The others stand before the first stage and behind the loop, and guard nothing at these sizes.
+    # The others stand before the first stage and behind the loop, and guard nothing at these sizes; for 10.0 Triton
+    # writes three barriers where one would do.
     assert len(noticed["wait"]) > 20
-    assert sum(noticed["wait"]) > 0.8 * len(noticed["wait"])
+    assert sum(noticed["wait"]) > (0.6 if machine.ARCHITECTURE == 100 else 0.8) * len(noticed["wait"])
     if noticed["fence"]:  # each kernel needs one; others follow it before anything is written
         assert sum(noticed["fence"]) >= 3
