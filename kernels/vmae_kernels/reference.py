@@ -643,16 +643,17 @@ def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     if max(levels) > 1000:  # the slack in the half range alone reaches the next value
         highest = vector([(level - 1) // 2 for level in levels], rounded.dtype, z.device)
         rounded = torch.minimum(torch.maximum(rounded, rounded.new_zeros(()) - width), highest)
-    # A product with a vector, exact in float64, takes half the time of a sum over the short last dimension.
+    # A product with a vector takes half the time of a sum over the short last dimension, and is exact.
     places = [math.prod(levels[:i]) for i in range(len(levels))]
     lowest = sum(place * (level // 2) for place, level in zip(places, levels, strict=True))
-    radix = vector(places, torch.float64, z.device)
+    wide = torch.float64 if not z.is_cpu or math.prod(levels) > 2**24 else rounded.dtype
+    radix = vector(places, wide, z.device)
     if z.is_cpu:
-        codes = rounded.double() @ radix
+        codes = rounded.to(wide) @ radix
         if math.isnan(codes.sum()):
-            codes = rounded.nan_to_num(0.0).double() @ radix
+            codes = rounded.nan_to_num(0.0).to(wide) @ radix
     else:
-        codes = (rounded.nan_to_num(0.0).double() * radix).sum(-1)
+        codes = (rounded.nan_to_num(0.0).to(wide) * radix).sum(-1)
     return rounded.div_(width).to(z.dtype), codes.add_(lowest).to(torch.int32)
 
 
