@@ -83,11 +83,11 @@ def uninterrupted(commands, tmp_path_factory):
     return get
 
 
-def killed_and_resumed(name, number, commands, uninterrupted, out) -> None:
-    """Kill a run at moments drawn by `number` until it is done; then it is what it would have been."""
+def killed_and_resumed(name, number, commands, uninterrupted, out, *, kills) -> None:
+    """Kill a run at moments drawn by `number`, then let it end: it is what it would have been."""
     expected, seconds = uninterrupted(name)
     draw = random.Random(number)
-    for _ in range(2):
+    for _ in range(kills):
         process = start(commands[name], out, "--resume", "--workers", str(number % 2))
         try:
             process.communicate(timeout=seconds * draw.uniform(0.3, 1.1))
@@ -100,14 +100,14 @@ def killed_and_resumed(name, number, commands, uninterrupted, out) -> None:
 
 @pytest.mark.parametrize(("name", "number"), [("tokenizer", 0), ("mae", 1)])
 def test_killed_at_any_moment_it_goes_on_bitwise(name, number, commands, uninterrupted, tmp_path):
-    killed_and_resumed(name, number, commands, uninterrupted, tmp_path / "run")
+    killed_and_resumed(name, number, commands, uninterrupted, tmp_path / "run", kills=1)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", range(2, 18))
 @pytest.mark.parametrize("name", ["tokenizer", "mae"])
 def test_killed_at_many_moments_it_goes_on_bitwise(name, number, commands, uninterrupted, tmp_path):
-    killed_and_resumed(name, number, commands, uninterrupted, tmp_path / "run")
+    killed_and_resumed(name, number, commands, uninterrupted, tmp_path / "run", kills=2)
 
 
 def wait_for(out: Path, steps: int, process: subprocess.Popen) -> None:
