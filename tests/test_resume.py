@@ -98,7 +98,7 @@ def killed_and_resumed(name, number, commands, uninterrupted, out, *, kills) -> 
     assert outcome(out) == expected
 
 
-@pytest.mark.parametrize(("name", "number"), [("tokenizer", 0), ("mae", 1)])
+@pytest.mark.parametrize(("name", "number"), [("tokenizer", 4), ("mae", 1)])
 def test_killed_at_any_moment_it_goes_on_bitwise(name, number, commands, uninterrupted, tmp_path):
     killed_and_resumed(name, number, commands, uninterrupted, tmp_path / "run", kills=1)
 

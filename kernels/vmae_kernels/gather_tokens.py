@@ -141,16 +141,17 @@ def place(y: Tensor, indices: Tensor, n: int, fill: Tensor | None) -> Tensor:
         source, target = bits(y), bits(x)
         width = source.shape[2]
         inverse = inverted(indices, n)
-        filling = source if fill is None else bits(fill if fill.ndim == 3 else fill[None, None])
+        dimensions = 0 if fill is None else fill.ndim
+        filling = source if fill is None else bits(fill if dimensions == 3 else fill[None, None])
 
         def run(options: Configuration) -> None:
             _place_kernel[(b * -(-n // options["ROWS"]),)](
                 source, inverse, filling, target, n, width, *source.stride(), *filling.stride(),
-                FILL=0 if fill is None else fill.ndim, **options,
+                FILL=dimensions, **options,
             )  # fmt: skip
 
         rule = configuration(width, source.element_size())
-        launch("place", source, (f"D{width}", b * k, b * n), rule, LIMITS, run)
+        launch("place", source, (f"D{width} F{dimensions}", b * k, b * n), rule, LIMITS, run)
     return x
 
 

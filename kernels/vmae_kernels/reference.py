@@ -630,6 +630,16 @@ def fsq_numbers(levels: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
     return half, offset, shift, tuple(float(level // 2) for level in levels)
 
 
+@functools.cache
+def _fsq_places(levels: tuple[int, ...]) -> tuple[tuple[int, ...], int, bool]:
+    """The weights of a code's digits, the code of all halves, and whether float32 products of digits and weights add up
+    exactly even where they are made of bfloat16 numbers, as `torch.set_float32_matmul_precision` allows."""
+    places = tuple(math.prod(levels[:i]) for i in range(len(levels)))
+    lowest = sum(place * (level // 2) for place, level in zip(places, levels, strict=True))
+    narrow = all(place // (place & -place) < 2**8 for place in places) and max(levels) <= 2**9
+    return places, lowest, narrow and math.prod(levels) <= 2**24
+
+
 def _fsq_constants(levels: Sequence[int], z: Tensor) -> Iterator[Any]:
     """`fsq_numbers`: a vector each, or a number where all levels are the same, which is several times faster on a CPU
     (and on CUDA would be divided by as by its rounded inverse)."""
@@ -643,10 +653,9 @@ def fsq(z: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     if max(levels) > 1000:  # the slack in the half range alone reaches the next value
         highest = vector([(level - 1) // 2 for level in levels], rounded.dtype, z.device)
         rounded = torch.minimum(torch.maximum(rounded, rounded.new_zeros(()) - width), highest)
-    # A product with a vector takes half the time of a sum over the short last dimension, and is exact.
-    places = [math.prod(levels[:i]) for i in range(len(levels))]
-    lowest = sum(place * (level // 2) for place, level in zip(places, levels, strict=True))
-    wide = torch.float64 if not z.is_cpu or math.prod(levels) > 2**24 else rounded.dtype
+    # A product with a vector, which is exact, takes half the time of a sum over the short last dimension.
+    places, lowest, narrow = _fsq_places(tuple(levels))
+    wide = rounded.dtype if z.is_cpu and narrow else torch.float64
     radix = vector(places, wide, z.device)
     if z.is_cpu:
         codes = rounded.to(wide) @ radix

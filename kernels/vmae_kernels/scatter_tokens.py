@@ -130,7 +130,7 @@ def scatter_tokens(y: Tensor, indices: Tensor, n: int, *, fill: float | Tensor =
         indices: [B, K], int32 or int64, in [0, n), distinct in each row.
         n: number of rows of the result, at least K.
         fill: a number, a [D] vector such as a mask token, or [B, n, D], the tokens among which to place them: those of
-            a layer's input that it passes by, say (differentiable, cast to y's dtype; expanded ones are not copied).
+            a layer's input that it passes by, say (differentiable; cast to y's dtype, else not copied).
 
     Returns:
         [B, n, D] in y's dtype.
@@ -149,10 +149,10 @@ def scatter_tokens(y: Tensor, indices: Tensor, n: int, *, fill: float | Tensor =
     same_device("indices", indices, "y", y)
     count("n", n, k, why="K, the number of tokens to place")
     if isinstance(fill, Tensor):
-        if fill.ndim == 3:
-            sizes("fill", fill, "B n D", B=b, n=n, D=d)
-        else:
-            sizes("fill", fill, "D", D=d)
+        if fill.ndim not in (1, 3):
+            raise ValueError(f"fill: expected a number or shape [D] or [B, n, D], got {list(fill.shape)}")
+        known = {"D": d} if fill.ndim == 1 else {"B": b, "n": n, "D": d}
+        sizes("fill", fill, " ".join(known), **known)
         same_device("fill", fill, "y", y)
         return ops.scatter_tokens(y, indices, n, fill, 0.0)
     return ops.scatter_tokens(y, indices, n, None, float(fill))

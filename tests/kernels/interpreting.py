@@ -78,7 +78,7 @@ def _spare_the_interpreter_work() -> None:
     patch, everything = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
     def patch_lang(fn):
-        return patch(everything) if tl.core.is_builtin(tl.load) else None
+        return patch(everything) if tl.core.is_builtin(tl.load) else interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch_lang
     builder = interpreter.interpreter_builder

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from ptx_program import LANES, NUMBERS, UNSIGNED, Array, Block, Fault, Instruction, Program, Unknown
-from ptx_tensor_memory import Barrier
 
 Step = Callable[[Any, Array], None]
 """Of a block (`ptx_machine.Block`), and which of its threads take part; None: all."""
@@ -102,7 +101,11 @@ class _Compiler:
             return "barrier", (barrier, count)
         if STRANGE & set(parts) and (head, STRANGE & set(parts)) != ("cvt", {"sat"}):
             raise Unknown(instruction.text)
-        if parts[:3] == ["fence", "proxy", "async"]:
+        if ".".join(parts) in (
+            "fence.proxy.async",
+            "fence.proxy.async.shared::cta",
+            "fence.proxy.async.shared::cluster",
+        ):
             return None, lambda block, mask: block.shared.fence(block.active(mask))
         if head in NOTHING:
             return None, lambda block, mask: None
@@ -701,6 +704,12 @@ class _Compiler:
         if mask is not None and not (mask.reshape(-1, LANES).all(1) | ~mask.reshape(-1, LANES).any(1)).all():
             raise Fault("not all threads of a warp are here")
 
+    def _one(self, block: Block, mask: Array) -> int:
+        some = block.active(mask)
+        if len(some) != 1:
+            raise Fault(f"{len(some)} threads where one is asked for")
+        return int(some[0])
+
     def _shfl(self, parts: list[str], operands: list[str]) -> Step:
         kind = next(x for x in parts if x in ("bfly", "idx", "up", "down"))
         names = [x.strip() for x in operands[0].split("|")]
@@ -764,7 +773,8 @@ class _Compiler:
 
         def step(block: Block, mask: Array) -> None:
             self._together(block, mask)
-            block.shared.phase[np.unique(block.active(mask) // LANES)] += 1
+            for phase in (block.shared.phase, block.tensor.phase):
+                phase[np.unique(block.active(mask) // LANES)] += 1
 
         return step
 
@@ -960,6 +970,8 @@ class _Compiler:
                 which = {(int(a), int(p)) for a, p in zip(address(block)[some], parity(block)[some], strict=True)}
                 if len(which) > 1:
                     raise Unknown("threads that wait for different barriers at once")
+                if len(some) < block.alive.sum():
+                    raise Unknown("a part of a block that waits for products")
                 place, wanted = which.pop()
                 block.in_shared(np.full(len(some), place), some, 8, False)
                 complete(block, np.full(block.threads, block.tensor.waited(place, wanted)), mask)
@@ -975,8 +987,9 @@ class _Compiler:
             some = block.active(mask)
             for place in block.in_shared(address(block)[some], some, 8, True).tolist():
                 if parts[1] == "init":
-                    block.tensor.barriers[place] = Barrier()
+                    block.tensor.ready(place)
                 else:
+                    block.tensor.barrier_at(place)
                     del block.tensor.barriers[place]
 
         return step
@@ -989,17 +1002,19 @@ class _Compiler:
             return self._tensor_product(parts, operands)
         if what in ("ld", "st"):
             return self._tensor_move(parts, operands)
-        if what == "commit":
+        if what == "commit" and "multicast::cluster" not in parts:
             address = self.address(operands[0])
 
             def commit(block: Block, mask: Array) -> None:
-                (some,) = block.active(mask)
-                block.tensor.commit(int(address(block)[some]))
+                thread = self._one(block, mask)
+                block.tensor.commit(int(address(block)[thread]), thread)
 
             return commit
         if what in ("wait::ld", "wait::st"):
             return lambda block, mask: block.tensor.finish(what[-2:], block.active(mask))
         if what == "relinquish_alloc_permit":
+            return lambda block, mask: setattr(block.tensor, "closed", True)
+        if what.startswith("fence::"):
             return lambda block, mask: None
         if what not in ("alloc", "dealloc"):
             raise Unknown(".".join(parts))
@@ -1015,7 +1030,7 @@ class _Compiler:
                 begin = np.array([[block.tensor.allocate(count)]], np.uint32)
                 block.store("shared", np.array([value]), some[:1], begin)
             else:
-                block.tensor.free(value, count)
+                block.tensor.free(value, count, int(some[0]))
 
         return reserve
 
@@ -1063,15 +1078,15 @@ class _Compiler:
         b, described, added = map(self.source, operands[2:], ("u64", "u32", "pred"))
 
         def step(block: Block, mask: Array) -> None:
-            (thread,) = block.active(mask)
+            thread = self._one(block, mask)
             word = int(described(block)[thread])
             if word >> 4 & 3 != 1 or word & 0xE080604F:
                 raise Unknown(f"a product described by {word:#x}")
             kinds = [{0: "f16", 1: "bf16"}[word >> shift & 7] for shift in (7, 10)]
             turned = [word >> shift & 1 for shift in (15, 16)]
             n, m, k = (word >> 17 & 63) * 8, (word >> 24 & 31) * 16, 16
-            if m not in (64, 128):
-                raise Unknown(f"a product of {m} rows")
+            if m not in (64, 128) or not 0 < n <= 256 or n % (8 if m == 64 else 16):
+                raise Unknown(f"a product of {m} rows and {n} columns")
             tensor, read = block.tensor, []
 
             def matrix(descriptor: int, rows: int, i: int) -> Array:

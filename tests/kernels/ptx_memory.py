@@ -89,23 +89,28 @@ class Shared(Notes):
         super().__init__(size, threads, "shared byte")
         self.data = np.full(size, 0xA5, np.uint8)
         self.views = {width: self.data[: size // width * width].view(UNSIGNED[width]) for width in UNSIGNED}
-        self.unfenced = np.zeros(size, np.int32)  # thread + 1 that wrote it, which no product may read; -1: any thread
+        # Who wrote a byte that products may not read yet (thread + 1; -1: before a barrier), and of which warps threads
+        # have made a fence since, as bits: their own products may.
+        self.unfenced, self.fenced = np.zeros(size, np.int32), np.zeros(size, np.int64)
 
     def barrier(self) -> None:
         super().barrier()
+        self.unfenced[self.fenced != 0] = 0
         self.unfenced[self.unfenced > 0] = -1
+        self.fenced[:] = 0
 
     def touch(self, places: Array, threads: Array, write: bool, *, later: bool = False) -> None:
         super().touch(places, threads, write, later=later)
         if write:
-            self.unfenced[places] = threads[:, None] + 1
+            self.unfenced[places], self.fenced[places] = threads[:, None] + 1, 0
 
     def fence(self, threads: Array) -> None:
-        """What these threads know of may be read by products, which see memory in another way than threads."""
-        own = np.zeros(int(self.unfenced.max(initial=0)) + 2, np.bool_)
-        own[[0, -1]] = True
-        own[threads[threads + 1 < len(own) - 1] + 1] = True
-        self.unfenced[own[self.unfenced]] = 0
+        """What these threads know of may be read by products, which see memory in another way than threads: by their
+        own, and behind a barrier by all."""
+        for warp in np.unique(threads // LANES):
+            by = self.unfenced - 1
+            met = (by >= 0) & (by // LANES == warp) & (self.written < self.phase[warp])
+            self.fenced[(self.unfenced == -1) | met | np.isin(by, threads[threads // LANES == warp])] |= 1 << int(warp)
 
     def read_by_product(self, places: Array, thread: int) -> Array:
         """Bytes at places, which must stand still from now on until `released`."""
@@ -113,8 +118,9 @@ class Shared(Notes):
         if outside.any():
             raise Fault(f"a product reads byte {int(places[outside][0])} of shared memory, of {len(self.data)}")
         super().touch(places.reshape(1, -1), np.array([thread]), False, later=True)
-        if self.unfenced[places].any():
-            byte = int(places[self.unfenced[places] != 0][0])
+        hidden = (self.unfenced[places] != 0) & (self.fenced[places] >> (thread // LANES) & 1 == 0)
+        if hidden.any():
+            byte = int(places[hidden][0])
             raise Fault(f"a product reads shared byte {byte}, behind whose writing there is no fence.proxy.async")
         np.add.at(self.watched, places, 1)
         return self.data[places]

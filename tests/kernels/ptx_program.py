@@ -74,7 +74,6 @@ def parsed(ptx: str, name: str | None = None) -> Program:
     """The kernel of a name, or the only one, of a PTX module."""
     ptx = re.sub(r"//[^\n]*", "", ptx)
     ptx = re.sub(r"^\s*\.(loc|file|pragma)\b[^\n]*$", "", ptx, flags=re.MULTILINE)
-    ptx = _named_apart(ptx)
     ptx = re.sub(r"\.section\s+\.debug[^{]*\{.*?\n\s*\}", "", ptx, flags=re.DOTALL)
     entries = re.findall(r"\.entry\s+([\w$]+)", ptx)
     name = name or entries[0]
@@ -111,30 +110,43 @@ def parsed(ptx: str, name: str | None = None) -> Program:
     return program
 
 
-def _named_apart(ptx: str) -> str:
-    """With names of their own for the labels of each scope within braces: the same ones come again in the next."""
-    pieces = re.split(r"(\{[^{};]*;[^{}]*\})", ptx)
-    for i in range(1, len(pieces), 2):
-        for label in re.findall(r"^\s*([A-Za-z_]\w*):\s", pieces[i], re.MULTILINE):
-            pieces[i] = re.sub(rf"\b{label}\b", f"{label}_{i}", pieces[i])
-    return "".join(pieces)
-
-
 def _statements(body: str) -> list[str]:
-    """Labels, declarations and instructions; braces that only make a scope are left out."""
-    found = []
-    for piece in body.split(";"):
-        piece = piece.strip()
-        while True:
-            piece = piece.lstrip("{} \t\n") if not re.match(r"\{\s*%", piece) else piece
-            label = re.match(r"([$\w]+):", piece)
-            if label is None or "::" in piece[: label.end() + 1]:
-                break
-            found.append(label[0])
-            piece = piece[label.end() :].strip()
-        if piece:
-            found.append(" ".join(piece.split()))
-    return found
+    """Labels, declarations and instructions. A label within braces gets its scope's number, for the same one may come
+    again in the next; where a branch goes is looked for from the innermost scope outwards."""
+    found: list[tuple[str, int]] = []  # and the scope it stands in
+    inside, labels, scope = [-1], {}, 0  # inside: the scope around each
+    piece, depth = "", 0
+    for token in re.findall(r"[{};]|[^{};]+", body):
+        blank = not piece.strip()
+        if token == ";":
+            found.append((" ".join(piece.split()), scope))
+            piece = ""
+        elif token == "{" and blank:
+            inside.append(scope)
+            scope = len(inside) - 1
+        elif token == "}" and depth == 0:
+            scope = inside[scope]
+        else:
+            depth += (token == "{") - (token == "}")
+            piece += token
+        while depth == 0 and (label := re.match(r"\s*([$\w]+):(?!:)", piece)):
+            if (label[1], scope) in labels:
+                raise Unknown(f"the label {label[1]} twice")
+            labels[label[1], scope] = f"{label[1]}.{scope}" if scope else label[1]
+            found.append((labels[label[1], scope] + ":", scope))
+            piece = piece[label.end() :]
+    named = []
+    for statement, at in found:
+        branch = re.fullmatch(r"(.*\bbra\S*\s+)(\S+)", statement)
+        if branch is not None:
+            while (branch[2], at) not in labels:
+                at = inside[at]
+                if at < 0:
+                    raise Unknown(statement)
+            statement = branch[1] + labels[branch[2], at]
+        if statement:
+            named.append(statement)
+    return named
 
 
 def _declare(program: Program, statement: str) -> None:
@@ -143,6 +155,8 @@ def _declare(program: Program, statement: str) -> None:
             kind = re.match(r"\.reg\s+\.(\w+)", statement)[1]
             many = re.fullmatch(r"\s*([%\w$]+)<(\d+)>\s*", known)
             names = [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [known.strip()]
+            if any(program.registers.get(name, kind) != kind for name in names):
+                raise Unknown(f"{statement}: of another kind elsewhere")
             program.registers.update(dict.fromkeys(names, kind))
     elif re.match(r"\.(extern\s+)?shared", statement):
         known, size, align, _ = _sizes(statement)

@@ -1,11 +1,11 @@
 """A block's tensor memory, of compute capability 10.0, where asynchronous products are added up."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from ptx_memory import Notes, Shared
-from ptx_program import LANES, Array, Fault
+from ptx_program import LANES, Array, Fault, Unknown
 
 ROWS, COLUMNS = 128, 512  # of words of 32 bits; a row is called a lane, and 32 of them are a warp's
 
@@ -13,6 +13,7 @@ ROWS, COLUMNS = 128, 512  # of words of 32 bits; a row is called a lane, and 32 
 class Product(NamedTuple):
     """Under way."""
 
+    thread: int
     shared: list[Array]
     """Bytes of shared memory that it reads."""
     read: Array | None
@@ -25,8 +26,8 @@ class Barrier:
     """In shared memory, at which one arrival ends a phase: that of products."""
 
     phase: int = 0
-    arriving: list[int] = field(default_factory=list)
-    """How many products of the block have to be done for each arrival to come."""
+    arriving: int | None = None
+    """How many products of the block have to be done for the arrival to come, if one is on its way."""
 
 
 class TensorMemory:
@@ -35,25 +36,31 @@ class TensorMemory:
         self.barriers: dict[int, Barrier] = {}
         self.products: list[Product] = []  # those under way
         self.done = 0  # products
+        self.phase = np.zeros(threads // LANES + 1, np.int32)  # of each warp: how often its threads have met
         self.begin: int | None = None
+        self.closed = False
         self.stores: list[tuple[Array, Array, Array]] = []  # places, threads, values
         self.loads: list[tuple[Array, Array]] = []  # places, threads
 
     def allocate(self, columns: int) -> int:
-        if self.begin is not None or columns not in (32, 64, 128, 256, 512):
-            raise Fault(f"{columns} columns of tensor memory asked for")
+        if self.begin is not None:
+            raise Unknown("tensor memory asked for twice")
+        if self.closed or columns not in (32, 64, 128, 256, 512):
+            raise Fault(f"{columns} columns of tensor memory asked for{', which was said not to be' * self.closed}")
         # Not from 0 on, where that is possible.
         self.begin, self.columns = (columns if columns < COLUMNS else 0), columns
         self.words = np.full(ROWS * COLUMNS, 0xA5A5A5A5, np.uint32)
         self.notes = Notes(ROWS * COLUMNS, self.threads, "word of tensor memory")
-        self.notes.phase = self.shared.phase
+        self.notes.phase = self.phase
         return self.begin
 
-    def free(self, begin: int, columns: int) -> None:
+    def free(self, begin: int, columns: int, thread: int) -> None:
         if (begin, columns) != (self.begin, self.columns):
             raise Fault(f"{columns} columns of tensor memory from {begin} on are given back, which are not had")
         if self.products or self.stores or self.loads:
             raise Fault("tensor memory is given back while it is in use")
+        whole = self.places(np.arange(ROWS)[:, None], begin + np.arange(columns))
+        self.notes.touch(whole.reshape(1, -1), np.array([thread]), True)
         self.begin = None
 
     def barrier(self) -> None:
@@ -91,7 +98,7 @@ class TensorMemory:
                 if not due.all():
                     self.loads.append((places[~due], of[~due]))
             return
-        self.shared.phase[np.unique(threads // LANES)] += 1  # a warp's threads see each other's
+        self.phase[np.unique(threads // LANES)] += 1  # a warp's threads see each other's
         stores, self.stores = self.stores, []
         for places, of, values in stores:
             due = np.isin(of, threads)
@@ -119,23 +126,35 @@ class TensorMemory:
         np.add.at(self.notes.flying, places, 1)
         seed = self.words[places].view(np.float32).astype(np.float64) if added else 0.0
         self.words[places] = (seed + product).astype(np.float32).view(np.uint32)
-        self.products.append(Product(shared, read, places))
+        self.products.append(Product(thread, shared, read, places))
 
-    def commit(self, address: int) -> None:
+    def ready(self, address: int) -> None:
+        if address in self.barriers:
+            raise Fault(f"a barrier at byte {address} of shared memory, where one is")
+        self.barriers[address] = Barrier()
+
+    def barrier_at(self, address: int) -> Barrier:
         if address not in self.barriers:
-            raise Fault(f"products that tell of themselves at byte {address} of shared memory, where no barrier is")
-        self.barriers[address].arriving.append(self.done + len(self.products))
+            raise Fault(f"byte {address} of shared memory, where no barrier is")
+        return self.barriers[address]
+
+    def commit(self, address: int, thread: int) -> None:
+        """The barrier ends its phase when the thread's products up to now are done."""
+        barrier = self.barrier_at(address)
+        if barrier.arriving is not None:
+            raise Fault("a second arrival at a barrier, before one has waited for the first")
+        if any(product.thread != thread for product in self.products):
+            raise Unknown("products of several threads")
+        barrier.arriving = self.done + len(self.products)
 
     def waited(self, address: int, parity: int) -> bool:
         """Whether the phase of a parity is over; it is as soon as it can be."""
-        if address not in self.barriers:
-            raise Fault(f"waits at byte {address} of shared memory, where no barrier is")
-        barrier = self.barriers[address]
+        barrier = self.barrier_at(address)
         if barrier.phase % 2 == parity:
-            if not barrier.arriving:
+            if barrier.arriving is None:
                 raise Fault("waits for products that nobody has asked for")
-            barrier.phase += 1
-            self._finish_products(barrier.arriving.pop(0))
+            self._finish_products(barrier.arriving)
+            barrier.phase, barrier.arriving = barrier.phase + 1, None
         return True
 
     def _finish_products(self, count: int) -> None:

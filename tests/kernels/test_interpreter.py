@@ -14,6 +14,7 @@ import torch
 from test_registration import calls, evaluate
 
 from vmae import AdaptiveTokenizer, TokenizerConfig, VideoMAE, VideoMAEConfig
+from vmae.prediction import predicted
 from vmae.tokens import Tokens
 from vmae_kernels import _triton, _tuning, attention, decoder_tokens, gather_tokens, reference, scatter_tokens, tubelets
 
@@ -113,6 +114,21 @@ def test_the_tokenizer_learns_the_same(selection, monkeypatch):
     model = AdaptiveTokenizer(dataclasses.replace(TokenizerConfig.tiny(), selection=selection)).train()
     clip = torch.randint(0, 256, (2, 3, 6, 32, 32), dtype=torch.uint8)
     _learns_the_same(model, lambda: model(clip, seed=3).loss, monkeypatch)
+
+
+@inside
+@pytest.mark.parametrize("target", ["latent", "pixels"])
+def test_predictions_look_the_same(target, monkeypatch):
+    torch.manual_seed(0)
+    config = VideoMAEConfig.tiny(frames=4, size=32, mask_ratio=0.5, budget=0.5, depth=1, decoder_depth=1, target=target)
+    model, tokenizer = VideoMAE(config).eval(), AdaptiveTokenizer(TokenizerConfig.tiny()).eval()
+    clip = torch.randint(0, 256, (1, 3, 4, 32, 32), dtype=torch.uint8)
+    videos = []
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("VMAE_KERNELS", choice)
+        with torch.no_grad():
+            videos.append(predicted(clip, model, tokenizer).video.int())
+    assert (videos[0] - videos[1]).abs().max() <= 1
 
 
 def _learns_the_same(model, loss_of, monkeypatch):

@@ -277,18 +277,19 @@ def test_a_kernel_without_one_of_its_waits_is_noticed():
     machine.launches.clear()
     q, k, v = heads(70, 150, 64, torch.bfloat16)
     torch.autograd.grad(attention(q, k, v), (q, k, v), torch.randn(1, 1, 70, 64).bfloat16())
-    noticed: dict[str, list[bool]] = {"wait": [], "fence": []}
+    noticed: dict[str, list] = {"wait": [], "fence": []}
     for launch in [launch for launch in machine.launches if "delta" not in launch.kernel]:
         for what, without in waits(launch.ptx):
             try:
                 launch.run(without)
             except Fault:
-                noticed[what].append(True)
+                noticed[what].append(launch.kernel)
             else:
-                noticed[what].append(False)
+                noticed[what].append(None)
     # The others stand before the first stage and behind the loop, and guard nothing at these sizes; for 10.0 Triton
     # writes three barriers where one would do.
+    missed = noticed["wait"].count(None) / len(noticed["wait"])
     assert len(noticed["wait"]) > 20
-    assert sum(noticed["wait"]) > (0.6 if machine.ARCHITECTURE == 100 else 0.8) * len(noticed["wait"])
-    if noticed["fence"]:  # each kernel needs one; others follow it before anything is written
-        assert sum(noticed["fence"]) >= 3
+    assert missed < (0.4 if machine.ARCHITECTURE == 100 else 0.2)
+    if machine.ARCHITECTURE in (90, 100):  # each kernel needs a fence; others follow it before anything is written
+        assert len({*noticed["fence"]} - {None}) == 3

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ptx_instructions import narrowed, widened
 from ptx_machine import Machine
+from ptx_memory import Shared
 from ptx_program import Fault, Unknown
 
 HEAD = """
@@ -473,9 +474,9 @@ def test_tensor_memory_keeps_what_is_stored():
 	tcgen05.st.sync.aligned.32x32b.x2.b32 [%r4 + 4], {%r5, %r6};
 	tcgen05.wait::st.sync.aligned;
 	{load}
+	tcgen05.wait::ld.sync.aligned;
 	add.s64 %d4, %d1, %d3;
-	st.global.v2.b32 [%d4], {%r7, %r8};
-	tcgen05.wait::ld.sync.aligned;"""
+	st.global.v2.b32 [%d4], {%r7, %r8};"""
     whole = "tcgen05.ld.sync.aligned.32x32b.x2.b32 {%r7, %r8}, [%r4 + 4];"
     out = np.zeros((128, 2), np.uint32)
     got = run(TENSOR.format(body=body.replace("{load}", whole)), [0], out, threads=128)
@@ -491,7 +492,9 @@ def test_tensor_memory_keeps_what_is_stored():
         ("[%r4 + 4], {", "[%r4 + 31], {", "columns of tensor memory that are not had"),
         ("shl.b32 %r3, %r3, 21;", "mov.b32 %r3, 0;", "beyond its own lanes"),
         ("@%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r2, 32;", "", "not given back"),
+        ("bar.sync 0;\n\t@%p1 tcgen05.dealloc", "@%p1 tcgen05.dealloc", "race: thread 0 writes word of tensor memory"),
         ("@%p1 tcgen05.alloc", "tcgen05.alloc", "one whole warp"),
+        ("@%p1 tcgen05.alloc", "tcgen05.relinquish_alloc_permit.sync; @%p1 tcgen05.alloc", "said not to be"),
         ("[%r1], 32", "[%r1], 48", "48 columns"),
     ):
         assert old in good
@@ -544,6 +547,9 @@ PRODUCT = """
 	st.global.v4.b32 [%d8 + 16], {%r14, %r15, %r16, %r17};"""
 
 
+COMMIT = "@%p3 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r1 + 8];"
+
+
 def test_products_in_tensor_memory():
     numbers = np.random.default_rng(0).integers(-8, 8, (256, 16)).astype(np.float16)
     wanted = 2 * (numbers[:128].astype(np.float64) @ numbers[128:144].astype(np.float64).T)[:, :8]
@@ -562,6 +568,11 @@ def test_products_in_tensor_memory():
         ("fence.proxy.async.shared::cta;\n\tbar.sync 0;", "fence.proxy.async.shared::cta;", "race"),
         ("mov.b32 %r9, 0;", "mov.b32 %r9, 1;", "has yet to write"),
         ("@%p3 tcgen05.commit", "@!%p4 tcgen05.commit", "nobody has asked for"),
+        ("mov.b32 %r9, 0;", f"{COMMIT} mov.b32 %r9, 0;", "a second arrival"),
+        ("@%p3 mbarrier.init", "mbarrier.init", "race|where one is"),
+        ("@%p3 tcgen05.mma", "tcgen05.mma", "128 threads where one"),
+        ("fence.proxy.async.shared::cta", "fence.proxy.async.global", "no fence.proxy.async"),
+        ("fence.proxy", "@!%p1 fence.proxy", "no fence.proxy.async"),  # not the threads that wrote A's first rows
         ("@%p3 mbarrier.init.shared::cta.b64 [%r1 + 8], 1;", "", "where no barrier is"),
         ("tcgen05.ld.sync", "st.shared.b32 [%r5 + 1024], %r0;\n\ttcgen05.ld.sync", None),
         ("mov.b32 %r9, 0;", "mov.b32 %r9, 0;\n\tst.shared.b32 [%r5 + 1024], %r0;", "still reads"),
@@ -573,9 +584,46 @@ def test_products_in_tensor_memory():
             continue
         with pytest.raises(Fault, match=words):
             run(changed, numbers, out, threads=128, shared=16384)
+    with pytest.raises(Unknown, match="a part of a block"):
+        run(code(128).replace("again: mbarrier", "again: @%p1 mbarrier"), numbers, out, threads=128, shared=16384)
     with pytest.raises(Unknown, match="a product described"):
         run(code(128).replace(str(8 << 24 | 2 << 17 | 1 << 4), str(8 << 24 | 2 << 17)), numbers, out, threads=128,
             shared=16384)  # fmt: skip
+
+
+def test_labels_of_their_own_scopes():
+    loop = """
+	{ .reg .pred more;
+	again: add.s32 %r3, %r3, 1;
+	mov.b64 {%r4, %r5}, %d2;
+	setp.lt.s32 more, %r3, COUNT;
+	@more bra again; }"""
+    body = "mov.b32 %r3, 0;" + loop.replace("COUNT", "3") + "mov.b32 %r6, %r3;" + loop.replace("COUNT", "5")
+    body += "add.s64 %d4, %d1, %d3; st.global.v2.b32 [%d4], {%r6, %r3};"
+    assert (run(body, [0], np.zeros((32, 2), np.uint32)) == [3, 5]).all()
+    with pytest.raises(Unknown, match="twice"):
+        run("again: add.s32 %r3, %r3, 1; again: add.s32 %r3, %r3, 1;", [0], [0])
+    with pytest.raises(Unknown, match="bra nowhere"):
+        run("bra nowhere;", [0], [0])
+
+
+def test_a_fence_shows_what_its_threads_know_of():
+    def shared(*, fencing, product, barrier=False, met=False):
+        memory = Shared(64, 128)
+        memory.touch(np.array([[8]]), np.array([5]), True)
+        memory.phase[0] += met
+        if barrier:
+            memory.barrier()
+        memory.fence(np.array(fencing))
+        memory.read_by_product(np.array([8]), product)
+
+    shared(fencing=[5], product=5)
+    shared(fencing=[0], product=0, met=True)  # of the warp, which has met
+    shared(fencing=[70], product=70, barrier=True)
+    for wrong in ({"fencing": [70], "product": 5, "barrier": True}, {"fencing": [4], "product": 5},
+                  {"fencing": [], "product": 5}):  # fmt: skip
+        with pytest.raises(Fault, match="no fence"):
+            shared(**wrong)
 
 
 def test_threads_that_write_one_place():

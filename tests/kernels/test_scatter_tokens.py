@@ -1,6 +1,7 @@
 """scatter_tokens against loops."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -217,8 +218,9 @@ def test_errors():
         scatter_tokens(y, indices, 6, fill=torch.zeros(2, 7, 3))
     with pytest.raises(ValueError, match=r"fill: .*B = 2.*got \[1, 6, 3\]"):
         scatter_tokens(y, indices, 6, fill=torch.zeros(1, 6, 3))
-    with pytest.raises(ValueError, match=r"fill: .*\[D\].*got \[\]"):
-        scatter_tokens(y, indices, 6, fill=torch.tensor(0.0))
+    for shape in ([], [6, 3]):
+        with pytest.raises(ValueError, match=r"fill: .*\[D\] or \[B, n, D\], got \[" + re.escape(str(shape)[1:])):
+            scatter_tokens(y, indices, 6, fill=torch.zeros(shape))
     with pytest.raises(ValueError, match=r"fill: .*device of y, cpu, got meta"):
         scatter_tokens(y, indices, 6, fill=torch.zeros(3, device="meta"))
 
