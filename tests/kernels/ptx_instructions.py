@@ -101,11 +101,7 @@ class _Compiler:
             return "barrier", (barrier, count)
         if STRANGE & set(parts) and (head, STRANGE & set(parts)) != ("cvt", {"sat"}):
             raise Unknown(instruction.text)
-        if ".".join(parts) in (
-            "fence.proxy.async",
-            "fence.proxy.async.shared::cta",
-            "fence.proxy.async.shared::cluster",
-        ):
+        if ".".join(parts).removesuffix(".shared::cta") == "fence.proxy.async":
             return None, lambda block, mask: block.shared.fence(block.active(mask))
         if head in NOTHING:
             return None, lambda block, mask: None

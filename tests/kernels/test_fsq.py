@@ -188,6 +188,22 @@ def test_errors():
         fsq(z[:, :2], [65536, 65536])
 
 
+@pytest.mark.parametrize("levels", [[8] * 6, [7, 5, 5, 5, 5], [4, 1000, 3], [512, 512], [2] * 24, [255, 257]])
+def test_codes_whatever_products_are_made_of(levels):
+    """Of bfloat16 numbers, that is, on processors that have them."""
+    before = torch.get_float32_matmul_precision()
+    z = 3 * torch.randn(2, 2000, len(levels), generator=torch.Generator().manual_seed(0))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        quantized, codes = fsq(z, levels)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    wanted = torch.zeros(2, 2000, dtype=torch.int64)
+    for i, level in enumerate(levels):
+        wanted += math.prod(levels[:i]) * ((quantized[..., i].double() * (level // 2)).round().long() + level // 2)
+    assert torch.equal(codes.long(), wanted)
+
+
 def test_a_gradient_near_the_largest_number():
     z = torch.full((1, 1), 20.0, requires_grad=True)
     (grad,) = torch.autograd.grad(fsq(z, [3])[0], z, torch.full((1, 1), 3.4e38))
