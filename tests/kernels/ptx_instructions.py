@@ -737,12 +737,17 @@ class _Compiler:
 
     def _redux(self, parts: list[str], operands: list[str]) -> Step:
         kind = parts[-1] if parts[-1] != "b32" else "u32"
-        how = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
-               "xor": np.bitwise_xor}[parts[2]]  # fmt: skip
+        if "abs" in parts:
+            raise Unknown(".".join(parts))
+        how = {"add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+               **{name: two["NaN" not in parts and kind == "f32"] for name, two in LEAST.items()}}[parts[2]]  # fmt: skip
         source, write = self.source(operands[1], kind), self.result(operands[0], kind)
+        members = self.source(operands[2], "u32")
 
         def step(block: Block, mask: Array) -> None:
             self._together(block, mask)
+            if (members(block)[block.active(mask)] != 0xFFFFFFFF).any():
+                raise Unknown("a reduction of a part of a warp")
             total = how.reduce(source(block).reshape(-1, LANES), axis=1, dtype=NUMBERS[kind])
             write(block, np.repeat(total, LANES), mask)
 

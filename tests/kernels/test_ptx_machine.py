@@ -379,6 +379,21 @@ def test_shuffles(how, width):
         assert got[lane].tolist() == [(source if inside else lane) ^ 85, inside], lane
 
 
+@pytest.mark.parametrize("how", ["max", "min", "max.NaN"])
+def test_the_largest_number_of_a_warp(how):
+    numbers = np.random.default_rng(0).standard_normal(64).astype(np.float32)
+    numbers[[3, 40]] = np.nan
+    body = f"""
+	add.s64 %d4, %d0, %d2;
+	ld.global.b32 %r1, [%d4];
+	redux.sync.{how}.f32 %r2, %r1, -1;
+	add.s64 %d5, %d1, %d2;
+	st.global.b32 [%d5], %r2;"""
+    got = run(body, numbers, np.zeros(64, np.float32), threads=64)
+    reduce = {"max": np.nanmax, "min": np.nanmin, "max.NaN": np.max}[how]
+    np.testing.assert_array_equal(got.reshape(2, 32), np.broadcast_to(reduce(numbers.reshape(2, 32), 1)[:, None], (2, 32)))
+
+
 def test_a_copy_comes_no_earlier_than_it_is_waited_for():
     body = """
 	mov.b32 %r1, memory;
