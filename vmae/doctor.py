@@ -39,8 +39,8 @@ def report() -> dict[str, Any]:
         ],
         "kernels": {
             "VMAE_KERNELS": os.environ.get("VMAE_KERNELS", "auto"),
-            "CPU": "the PyTorch references",
-            "CUDA": "the Triton kernels where Triton is installed",
+            "CPU": "the extension's where it has one, else the PyTorch references",
+            "CUDA": "the Triton kernels where Triton is installed, the extension's convolutions",
             "extension": _csrc.facts().get("missing") or _extension(_csrc.facts()),
         },
         "cuda_convolutions": [
