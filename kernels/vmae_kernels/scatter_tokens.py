@@ -123,7 +123,7 @@ register(
 
 
 def scatter_tokens(y: Tensor, indices: Tensor, n: int, *, fill: float | Tensor = 0.0) -> Tensor:
-    """Place K tokens per row among n: x[b, indices[b, i]] = y[b, i], and every other token is `fill`, or fill's.
+    """Place K tokens per row among n: x[b, indices[b, i]] = y[b, i], and elsewhere x is `fill`.
 
     Args:
         y: [B, K, D], floating point.

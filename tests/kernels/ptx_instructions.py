@@ -739,8 +739,8 @@ class _Compiler:
         kind = parts[-1] if parts[-1] != "b32" else "u32"
         if "abs" in parts:
             raise Unknown(".".join(parts))
-        how = {"add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-               **{name: two["NaN" not in parts and kind == "f32"] for name, two in LEAST.items()}}[parts[2]]  # fmt: skip
+        least = {name: two["NaN" not in parts and kind == "f32"] for name, two in LEAST.items()}
+        how = (SAME | least)[parts[2]]
         source, write = self.source(operands[1], kind), self.result(operands[0], kind)
         members = self.source(operands[2], "u32")
 
