@@ -28,7 +28,7 @@ test: $(READY)
 test-long: $(READY)
 	$(RUN)python -m pytest -m long
 
-# All tests of the kernels as they are compiled for GPUs, on the CPU, the convolution's too where nvcc is (two hours).
+# All tests of the kernels as they are compiled for GPUs, on the CPU, the convolution's too where nvcc is (some hours).
 machine: $(READY)
 	$(if $(shell command -v nvcc),$(RUN)python -m pip install --quiet --disable-pip-version-check --no-deps $(CUTLASS))
 	$(RUN)python -m pytest -m machine --numprocesses auto --maxprocesses 8

@@ -212,8 +212,14 @@ class _Compiler:
         return lambda block, mask: write(block, function(*[source(block) for source in sources]), mask)
 
     def simple(self, parts: list[str], operands: list[str], function: Callable, kind: str | None = None) -> Step:
-        """All operands and the result of the last part's kind; `.ftz` flushes numbers before and after."""
+        """All operands and the result of the last part's kind; `.ftz` flushes numbers before and after.
+
+        Of `.f32.f16` and `.f32.bf16` (compute capability 10.0) all but the last operand are halves, the rest is not.
+        """
         kind = kind or parts[-1]
+        mixed = parts[-2] == "f32" and kind in ("f16", "bf16")
+        if len({*parts} & {*NUMBERS}) > 1 and not mixed:
+            raise Unknown(".".join(parts))
         if isinstance(function, np.ufunc) and function.nin != len(operands) - 1:  # one more would be its result's place
             raise Unknown(f"{'.'.join(parts)} of {len(operands) - 1} operands")
         if "ftz" in parts:
@@ -232,7 +238,14 @@ class _Compiler:
 
             whole = f"u{16 * size}"
             return self.apply(operands[0], whole, both, *[self.source(x, whole) for x in operands[1:]])
+        if mixed:
+            wide = [self.widened_source(x, kind) for x in operands[1:-1]]
+            return self.apply(operands[0], "f32", function, *wide, self.source(operands[-1], "f32"))
         return self.apply(operands[0], kind, function, *[self.source(x, kind) for x in operands[1:]])
+
+    def widened_source(self, text: str, kind: str) -> Callable[[Block], Array]:
+        narrow = self.source(text, kind)
+        return lambda block: narrow(block).astype(np.float32)
 
     # Moves.
 
@@ -391,7 +404,7 @@ class _Compiler:
         return self.apply(operands[0], kind, high64, a, b, *rest)
 
     def _fma(self, parts: list[str], operands: list[str]) -> Step:
-        kind = parts[-1].removesuffix("x2")
+        kind = "f32" if "f32" in parts else parts[-1].removesuffix("x2")
         wide = {"f32": np.float64, "f64": np.longdouble, "f16": np.float32, "bf16": np.float32}[kind]
         own = NUMBERS[kind] if kind != "bf16" else np.float32
         return self.simple(

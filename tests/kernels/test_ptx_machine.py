@@ -257,6 +257,30 @@ def test_two_numbers_a_register(kind):
         assert np.isinf(result[~inside]).all()
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_halves_among_wider_numbers(kind):
+    """Of compute capability 10.0: sums in float32 of which some operands are halves."""
+    generator = np.random.default_rng(0)
+    halves = generator.standard_normal((32, 2)).astype(np.float16)
+    bits = halves.view(np.uint16) if kind == "f16" else narrowed(halves.astype(np.float32))
+    known = halves.astype(np.float32) if kind == "f16" else widened(bits)
+    body = f"""
+	add.s64 %d4, %d0, %d2;
+	ld.global.v2.b16 {{%h1, %h2}}, [%d4];
+	mov.b32 %r1, 0f3DCCCCCD;
+	add.rn.f32.{kind} %r2, %h1, %r1;
+	fma.rn.f32.{kind} %r3, %h1, %h2, %r1;
+	add.s64 %d5, %d1, %d3;
+	st.global.v2.b32 [%d5], {{%r2, %r3}};"""
+    got = run(body, bits, np.zeros((32, 2), np.float32))
+    tenth = np.float32(0.1)
+    assert (got[:, 0] == known[:, 0] + tenth).all()
+    exact = known[:, 0].astype(np.float64) * known[:, 1] + tenth
+    assert (got[:, 1] == exact.astype(np.float32)).all()
+    with pytest.raises(Unknown):
+        run(f"add.f64.{kind} %d4, %h1, %d4;", [0], [0])
+
+
 def test_two_halves_are_compared_by_themselves():
     x = np.array([1, 2, 3, np.nan, -1, 5, 0, 0] * 8, np.float16)  # two a thread, 32 threads
     body = """
