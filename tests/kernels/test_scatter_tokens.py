@@ -43,19 +43,23 @@ def test_places_and_fills(dtype, index_dtype, fill):
     assert torch.equal(x, oracle(y, indices, 9, fill))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fill_dtype", DTYPES)
-def test_fill_is_cast_and_its_gradient_cast_back(dtype, fill_dtype):
-    y = rand(2, 3, 4, dtype=dtype).requires_grad_()
-    fill = rand(4, seed=1, dtype=fill_dtype).requires_grad_()
-    indices = distinct(2, 3, 8)
+def gradients(dtype, fill):
+    """Three tokens of a dtype placed among eight: where, a gradient, and what it makes for tokens and fill."""
+    y, fill, indices = rand(2, 3, 4, dtype=dtype).requires_grad_(), fill.requires_grad_(), distinct(2, 3, 8)
     x = scatter_tokens(y, indices, 8, fill=fill)
     assert x.dtype == dtype
     assert torch.equal(x, oracle(y.detach(), indices, 8, fill))
     grad = rand(2, 8, 4, seed=2, dtype=dtype)
     grad_y, grad_fill = torch.autograd.grad(x, (y, fill), grad)
     assert grad_y.dtype == dtype
-    assert grad_fill.dtype == fill_dtype
+    assert grad_fill.dtype == fill.dtype
+    return indices, grad, grad_y, grad_fill
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fill_dtype", DTYPES)
+def test_fill_is_cast_and_its_gradient_cast_back(dtype, fill_dtype):
+    indices, grad, grad_y, grad_fill = gradients(dtype, rand(4, seed=1, dtype=fill_dtype))
     wanted = torch.zeros(4, dtype=torch.float64)
     for b in range(2):
         for i in range(8):
@@ -69,15 +73,7 @@ def test_fill_is_cast_and_its_gradient_cast_back(dtype, fill_dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fill_dtype", DTYPES)
 def test_tokens_among_others_get_the_gradients_of_their_places(dtype, fill_dtype):
-    y = rand(2, 3, 4, dtype=dtype).requires_grad_()
-    fill = rand(2, 8, 4, seed=1, dtype=fill_dtype).requires_grad_()
-    indices = distinct(2, 3, 8)
-    x = scatter_tokens(y, indices, 8, fill=fill)
-    assert x.dtype == dtype
-    assert torch.equal(x, oracle(y.detach(), indices, 8, fill))
-    grad = rand(2, 8, 4, seed=2, dtype=dtype)
-    grad_y, grad_fill = torch.autograd.grad(x, (y, fill), grad)
-    assert grad_fill.dtype == fill_dtype
+    indices, grad, grad_y, grad_fill = gradients(dtype, rand(2, 8, 4, seed=1, dtype=fill_dtype))
     wanted = grad.clone()
     for b in range(2):
         for i, index in enumerate(indices[b].tolist()):
