@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from vmae.optimisation import precision_of
+from vmae_kernels import _csrc
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISION = precision_of("auto", torch.device(DEVICE))
@@ -70,11 +72,13 @@ def machine() -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "none"
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # PyTorch has no public question for it
     return {
-        "cpu": cpu[0] if cpu else platform.processor(),
+        "cpu": re.sub(r"\((R|TM)\)| Processor", "", cpu[0] if cpu else platform.processor()),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": torch.backends.cpu.get_cpu_capability() + (" with AMX" if amx else ""),
+        "extension": _csrc.missing() or "built",
         "versions": versions,
         "commit": commit or "unknown",
     }

@@ -105,13 +105,15 @@ def sections_of(found: dict[str, Any], results: Path, plots: dict[str, str]) -> 
     versions = ", ".join(f"{name} {version}" for name, version in vmae["versions"].items() if version != "none")
     limits = found["limits"]
     facts = (
-        f"{versions}, {vmae['threads']} threads, commit {vmae['commit']}. Its limits, measured in the same run: bf16 "
-        f"products {limits['bf16'] / 1e12:.3g} TFLOP/s, fp32 {limits['fp32'] / 1e12:.3g} TFLOP/s, copies "
-        f"{limits['bandwidth'] / 1e9:.3g} GB/s. By `{found.get('command', 'python benchmarks/run.py')}`; "
-        f"[{results.name}]({results.name}) holds every number."
+        f"{versions}, extension {vmae.get('extension', 'unknown')}, {vmae['threads']} threads, "
+        f"commit {vmae['commit']}. "
+        f"Its limits, measured in the same run: bf16 products {limits['bf16'] / 1e12:.3g} TFLOP/s, fp32 "
+        f"{limits['fp32'] / 1e12:.3g} TFLOP/s, copies {limits['bandwidth'] / 1e9:.3g} GB/s. By "
+        f"`{found.get('command', 'python benchmarks/run.py')}`; [{results.name}]({results.name}) holds every number."
     )
-    if left_out := found.get("left_out"):
-        facts += f" Left out, for time was over: {', '.join(left_out)}."
+    left_out = found.get("left_out", [])
+    if left_out:
+        facts += f" Time was over for {len(left_out)}, which are named at the end."
     if note := found.get("note"):
         facts += f" {note}"
     if failed := found.get("failed"):
@@ -121,6 +123,8 @@ def sections_of(found: dict[str, Any], results: Path, plots: dict[str, str]) -> 
         sections += steps(points, first_out_of_memory(found), plots, min(128, max(p.frames for p in points)))
     sections += kernels(found, plots)
     sections += pipeline(found)
+    if left_out:
+        sections.append(Section("Left out", f"Time was over for {', '.join(left_out)}.", [], []))
     return sections
 
 

@@ -80,7 +80,8 @@ def measure(args: argparse.Namespace) -> int:
 def device() -> str:
     """Of this machine, fit for a file's name."""
     found = machine()
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{found['cpu']} {found['cores']} cores"
+    cpu = f"{found['cpu']}{' AMX' * ('AMX' in found['capability'])} {found['cores']} cores"
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -91,7 +91,8 @@ def test_report(found, tmp_path):
     results.write_text(json.dumps(found))
     text = report.write(results).read_text()
     assert "# Measured on A & B, 2 cores, AVX2, 2026-01-02" in text
-    assert "Left out, for time was over: test_step[large]." in text
+    assert "Time was over for 1, which are named at the end." in text
+    assert "## Left out\n\nTime was over for test_step[large]." in text
     assert "FAILED, and so not here: test_step[small]." in text
     first = next(line for line in text.splitlines() if line.startswith("| vmae, 15% decoded, bf16 | 5 s | 1.00 x |"))
     assert "0.72 GiB" in first

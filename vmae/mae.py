@@ -224,7 +224,9 @@ class VideoMAE(nn.Module, Saved):
 
     def predict(self, clip: Tensor, visible: Tensor, selected: Tensor) -> Tensor:
         """Reconstruct the tokens `selected` [B, K] from the tokens `visible` [B, V]: [B, K, target width]."""
-        encoded = self.to_decoder(self._encode(clip, visible))
+        # Sums of blocks in the weights' precision, under autocast too, as the encoder's: on CPUs PyTorch adds up the
+        # gradient of a LayerNorm's weights in its input's, and in bfloat16 half of it is lost among 10,000 tokens.
+        encoded = self.to_decoder(self._encode(clip, visible)).to(self.mask_token.dtype)
         x = decoder_tokens(encoded, visible, selected, self.mask_token, self.decoder_positions)
         for block in self.decoder_blocks:
             x = self._block(block, x)
