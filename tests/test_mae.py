@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from vmae import Tokens, VideoMAE, VideoMAEConfig, decoder_budget, tube_mask
+from vmae import Tokens, VideoMAE, VideoMAEConfig, decoder_budget, mae, tube_mask
 from vmae.mae import IMAGENET_MEAN, IMAGENET_STD, sine_cosine
 from vmae.masking import select
 
@@ -200,6 +200,42 @@ def test_autocast_stays_near_full_precision():
         low = model(clip(), given, seed=1)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, full, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_the_backward_computes_again_changes_no_bit(precision, frozen, monkeypatch):
+    model, given = make(), tokens()
+    if precision == "bfloat16":
+        model.bfloat16()
+    if frozen:  # only inputs are needed for some layers' gradients, only weights for others'
+        for block in model.blocks:
+            block.attn.qkv.requires_grad_(False)
+            block.mlp.requires_grad_(False)
+        model.patch_embed.requires_grad_(False)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            return torch.autograd.grad(model(clip(), given, seed=1), wanted, retain_graph=True)
+
+    found = gradients()
+    monkeypatch.setattr(mae, "_recomputed", mae._kept)
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(), strict=True))
+
+
+@pytest.mark.parametrize("cheap", [nn.LayerNorm(6, eps=1e-6), nn.GELU()], ids=["norm", "gelu"])
+def test_gradients_of_what_is_computed_again(cheap):
+    torch.manual_seed(0)
+    linear, cheap = nn.Linear(6, 6).double(), cheap.double()  # whose input has the weight's shape
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    given = [x, *linear.parameters(), *cheap.parameters()]
+
+    def function(*_):
+        return mae._recomputed(cheap, linear, x)
+
+    assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradgradcheck(function, given)
 
 
 def test_norms_gradients_under_autocast():

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -96,15 +96,51 @@ class Packed(NamedTuple):
     longest: int
 
 
+def _recomputed(cheap: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(cheap(x)), that keeps x alone for its backward, which does again what costs little: `cheap`, a norm or an
+    activation, and under autocast the cast of the weight. torch.compile weighs such things by itself.
+    """
+    y = cheap(x)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return linear(y)
+    device = x.device.type
+    weight: Any = linear.weight
+    if torch.is_autocast_enabled(device):
+        y = y.to(torch.get_autocast_dtype(device))  # as the layer would, whose cast could not be told from others
+    dtype, storage = y.dtype, y.untyped_storage()._cdata
+
+    def pack(saved: Tensor) -> Any:
+        view = saved.size(), saved.stride(), saved.storage_offset()
+        if saved.untyped_storage()._cdata == storage:
+            return "input", view
+        if saved.dtype != weight.dtype and saved.numel() == weight.numel():
+            return "weight", view
+        return "", saved
+
+    def unpack(kept: Any) -> Tensor:
+        what, saved = kept
+        if not what:
+            return saved
+        with torch.no_grad():
+            return (cheap(x) if what == "input" else weight).to(dtype).as_strided(*saved)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return linear(y)
+
+
+def _kept(cheap: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
+    return linear(cheap(x))
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None, packed: Packed | None = None) -> Tensor:
+    def forward(self, qkv: Tensor, keys: Tensor | None = None, packed: Packed | None = None) -> Tensor:
         # Cut apart before heads and tokens change places: the gradients then come together in one copy, not in two.
-        parts = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each [B, N, H, d], or packed [total, H, d]
+        parts = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each [B, N, H, d], or packed [total, H, d]
         if packed is not None:
             q, k, v = parts
             starts, longest = packed
@@ -125,9 +161,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, keys: Tensor | None = None, packed: Packed | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), keys, packed)
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self, x: Tensor, keys: Tensor | None = None, packed: Packed | None = None, *, checkpointed: bool = False
+    ) -> Tensor:
+        of = _kept if checkpointed else _recomputed  # one or the other: within a checkpoint all is computed again
+        x = x + self.attn(of(self.norm1, self.attn.qkv, x), keys, packed)
+        first, gelu, last = self.mlp
+        return x + of(gelu, last, of(self.norm2, first, x))
 
 
 class VideoMAE(nn.Module, Saved):
@@ -296,7 +336,7 @@ class VideoMAE(nn.Module, Saved):
 
     def _block(self, block: nn.Module, x: Tensor, keys: Tensor | None = None, packed: Packed | None = None) -> Tensor:
         if self.checkpointing and self.training:
-            return activation_checkpoint(block, x, keys, packed, use_reentrant=False)
+            return activation_checkpoint(block, x, keys, packed, checkpointed=True, use_reentrant=False)
         return block(x, keys, packed)
 
     def _input_dtype(self) -> torch.dtype:

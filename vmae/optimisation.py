@@ -64,7 +64,9 @@ def device_of(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of(precision, device) == "bf16")
+    # Without the cache of the weights' casts: each is used once, and all would stay until the forward pass ends.
+    enabled = precision_of(precision, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def precision_of(name: str, device: torch.device) -> Literal["bf16", "fp32"]:
