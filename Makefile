@@ -22,8 +22,9 @@ $(READY): requirements.lock pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.c
 demo: $(READY)
 	$(RUN)vmae demo
 
+# In the order of names: sorted by their number of tests, files with few long ones would come last, and cores wait.
 test: $(READY)
-	$(RUN)python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(RUN)python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-long: $(READY)
 	$(RUN)python -m pytest -m long

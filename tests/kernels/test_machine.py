@@ -61,7 +61,7 @@ def run(architecture, files, timeout):
 
 
 @outside
-@pytest.mark.parametrize("architecture", [80, 90, *(pytest.param(x, marks=pytest.mark.machine) for x in (100, 120))])
+@pytest.mark.parametrize("architecture", [90, *(pytest.param(x, marks=pytest.mark.machine) for x in (80, 100, 120))])
 def test_every_kernel(architecture):
     run(architecture, ["test_machine.py"], 900)
 
