@@ -120,7 +120,7 @@ def report_step(
         about["clips_per_s"], about["tokens_per_s"] = step.batch / seconds, found["tokens"] / seconds
         about["flops_per_s"], about["share_of_peak"] = found["flops"] / seconds, found["flops"] / seconds / peak
         if case.way == "vmae":
-            predicted = costs(step)
+            predicted = costs(step, cuda=DEVICE == "cuda")
             about["predicted"] = {
                 "bytes": predicted.peak - predicted.idle,
                 "bytes_between_steps": predicted.idle,

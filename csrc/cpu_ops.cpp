@@ -12,6 +12,7 @@
 #include "amx.h"
 #include "amx_attention.h"
 #include "amx_conv3d.h"
+#include "amx_linear.h"
 #include "parallel.h"
 #include "topk.h"
 
@@ -75,6 +76,44 @@ void attention_backward_cpu(Tensor dq, Tensor dk, Tensor dv, const Tensor grad, 
                             const Tensor v, const Tensor o, const Tensor lse, double scale) {
   amx_attention_backward(attention_sizes(q, k, scale), read(grad), read(q), read(k), read(v), read(o),
                          static_cast<const float*>(lse.data_ptr()), rows(dq), rows(dk), rows(dv));
+}
+
+// Of [rows, columns], whose last stride is 1.
+template <class T>
+Matrix<const T> matrix(const Tensor& x) {
+  return {static_cast<const T*>(x.data_ptr()), x.stride(0)};
+}
+
+AmxLinear linear_sizes(const Tensor& x, const Tensor& y) {
+  STD_TORCH_CHECK(amx_available(), "vmae_csrc: expected Intel AMX");
+  return {x.size(0), x.size(1), y.size(1)};
+}
+
+bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
+
+// `bias` has the weight's dtype.
+template <class T>
+void linear(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  amx_linear(linear_sizes(x, y), matrix<uint16_t>(x), matrix<T>(weight),
+             bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, data(y));
+}
+
+void linear_cpu(Tensor y, const Tensor x, const Tensor weight, const std::optional<Tensor> bias) {
+  is_float(weight) ? linear<float>(y, x, weight, bias) : linear<uint16_t>(y, x, weight, bias);
+}
+
+void linear_input_gradient_cpu(Tensor dx, const Tensor dy, const Tensor weight) {
+  const AmxLinear sizes = linear_sizes(dx, dy);
+  if (is_float(weight))
+    amx_linear_input_gradient(sizes, matrix<uint16_t>(dy), matrix<float>(weight), data(dx));
+  else
+    amx_linear_input_gradient(sizes, matrix<uint16_t>(dy), matrix<uint16_t>(weight), data(dx));
+}
+
+void linear_weight_gradient_cpu(Tensor dweight, const std::optional<Tensor> dbias, const Tensor dy, const Tensor x) {
+  amx_linear_weight_gradient(linear_sizes(x, dy), matrix<uint16_t>(dy), matrix<uint16_t>(x),
+                             static_cast<float*>(dweight.mutable_data_ptr()),
+                             dbias ? static_cast<float*>(dbias->mutable_data_ptr()) : nullptr);
 }
 
 // `scores` [rows, n], contiguous.
@@ -143,6 +182,9 @@ STABLE_TORCH_LIBRARY_IMPL(vmae_csrc, CPU, m) {
   m.impl("weight_gradient", TORCH_BOX(&vmae::weight_gradient_cpu));
   m.impl("attention", TORCH_BOX(&vmae::attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&vmae::attention_backward_cpu));
+  m.impl("linear", TORCH_BOX(&vmae::linear_cpu));
+  m.impl("linear_input_gradient", TORCH_BOX(&vmae::linear_input_gradient_cpu));
+  m.impl("linear_weight_gradient", TORCH_BOX(&vmae::linear_weight_gradient_cpu));
   m.impl("topk", TORCH_BOX(&vmae::topk_cpu));
   m.impl("topk_mask", TORCH_BOX(&vmae::topk_mask_cpu));
   m.impl("huge_pages", TORCH_BOX(&vmae::huge_pages_cpu));

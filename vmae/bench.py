@@ -410,7 +410,7 @@ def quick(step: Step, device: Device, limit: float) -> Iterator[tuple[Step, dict
         for frames in sorted({step.frames, *(n for n in (16, 32, 64) if n < step.frames)}):
             other = replace(step, frames=frames, budget=budget)
             try:
-                predicted = costs(other)
+                predicted = costs(other, cuda=device.cuda)
             except ValueError:  # so short that the budget is less than a token
                 continue
             # A process starts and checks for some seconds, and does the step twice and a half times.

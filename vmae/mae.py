@@ -17,6 +17,7 @@ from vmae.masking import STRATEGIES, Grid, Strategy, TubeMask, check_masks, sele
 from vmae.scorer import token_scores
 from vmae.tokens import TUBELET, Tokens, check_clip, check_video
 from vmae_kernels import attention, attention_varlen, decoder_tokens, gather_tokens, tubelets
+from vmae_kernels.linear import linear
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -96,6 +97,11 @@ class Packed(NamedTuple):
     longest: int
 
 
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 def _recomputed(cheap: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
     """linear(cheap(x)), that keeps x alone for its backward, which does again what costs little: `cheap`, a norm or an
     activation, and under autocast the cast of the weight. torch.compile weighs such things by itself.
@@ -136,7 +142,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv, self.proj = Linear(width, 3 * width), Linear(width, width)
 
     def forward(self, qkv: Tensor, keys: Tensor | None = None, packed: Packed | None = None) -> Tensor:
         # Cut apart before heads and tokens change places: the gradients then come together in one copy, not in two.
@@ -159,7 +165,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
 
     def forward(
         self, x: Tensor, keys: Tensor | None = None, packed: Packed | None = None, *, checkpointed: bool = False
@@ -184,16 +190,16 @@ class VideoMAE(nn.Module, Saved):
         self.config = config
         self.checkpointing = False  # recompute each block in the backward: less memory, a third more arithmetic
         pixels = 3 * math.prod(TUBELET)
-        self.patch_embed = nn.Linear(pixels, config.width)
+        self.patch_embed = Linear(pixels, config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6) if config.encoder_norm else nn.Identity()
-        self.to_decoder = nn.Linear(config.width, config.decoder_width, bias=False)
+        self.to_decoder = Linear(config.width, config.decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(config.decoder_width))
         self.decoder_blocks = nn.ModuleList(
             Block(config.decoder_width, config.decoder_heads) for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(config.decoder_width, eps=1e-6)
-        self.head = nn.Linear(config.decoder_width, config.latent_width if config.target == "latent" else pixels)
+        self.head = Linear(config.decoder_width, config.latent_width if config.target == "latent" else pixels)
         places = (config.size // TUBELET[1]) * (config.size // TUBELET[2])
         self._set_positions(config.frames // TUBELET[0] * places)
         for module in self.modules():

@@ -224,8 +224,8 @@ class Costs:
         return total
 
 
-def costs(step: Step) -> Costs:
-    """What a pretraining step takes, on a GPU or on a CPU.
+def costs(step: Step, *, cuda: bool = True) -> Costs:
+    """What a pretraining step takes on a GPU, or on a CPU.
 
     Raises:
         ValueError: no model can do such a step.
@@ -240,6 +240,8 @@ def costs(step: Step) -> Costs:
                 setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype)))
             for name, b in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
+            if cuda and isinstance(module, nn.Linear):  # not our own, which casts no weight, and is for CPUs
+                module.__dict__["forward"] = functools.partial(nn.Linear.forward, module)
         optimizer = optimizer_of(model)
         clip, tokens = inputs(step)
         for x in (*model.parameters(), *model.buffers()):
@@ -336,7 +338,7 @@ def plan(step: Step, device: Device, memory: float | None = None) -> Plan:
 
     def of(step: Step) -> Costs:
         if step not in known:
-            known[step] = costs(step)
+            known[step] = costs(step, cuda=device.cuda)
         return known[step]
 
     this = of(step)

@@ -10,8 +10,9 @@ import torch
 
 LIBRARY = Path(__file__).with_name("libvmae_csrc.so")
 ops = torch.ops.vmae_csrc
-OPERATIONS = ("convolve", "input_gradient", "weight_gradient", "attention", "attention_backward", "topk", "topk_mask",
-              "random_bits", "gather", "huge_pages")  # fmt: skip
+OPERATIONS = ("convolve", "input_gradient", "weight_gradient", "attention", "attention_backward", "linear",
+              "linear_input_gradient", "linear_weight_gradient", "topk", "topk_mask", "random_bits", "gather",
+              "huge_pages")  # fmt: skip
 
 
 @functools.cache

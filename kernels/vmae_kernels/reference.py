@@ -322,13 +322,13 @@ def _kv_rows(x: Tensor, indices: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, kv_indices: Tensor | None) -> Tensor:
     if kv_indices is not None:
         k, v = _kv_rows(k, kv_indices), _kv_rows(v, kv_indices)
-    if q.numel() and _bfloat16_on_cpu(q, k, v):
+    if q.numel() and bfloat16_on_cpu(q, k, v):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return ops.attention_cpu(q, k, v, scale)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def _bfloat16_on_cpu(*tensors: Tensor) -> bool:
+def bfloat16_on_cpu(*tensors: Tensor) -> bool:
     """Whether attention over these is computed in bfloat16, on a CPU."""
     if any(x.device.type != "cpu" or x.dtype == torch.float64 for x in tensors):
         return False

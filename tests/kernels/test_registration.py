@@ -125,6 +125,7 @@ def samples_of_ops():
     y5 = rand(2, 4, 4, 5, 4, seed=4).requires_grad_()
     patches = rand(2, 3, 24)
     half = [x.detach().bfloat16().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    wide = [x.requires_grad_() for x in (rand(2, 6, 5), rand(4, 5, seed=1), rand(4, seed=2))]
     saved = [*(x.detach() for x in half), *(x.detach() for x in OPS.attention_cpu(*half, 0.3))]
     known_packed = [p.detach() for p in packed]
     known_packed += [y.detach() for y in OPS.attention_varlen_reference(*known_packed, cu, cu_k, 3, 4, 0.3)]
@@ -159,6 +160,10 @@ def samples_of_ops():
         ("attention", q, k, v, 0.3, rows[:, :1]),
         ("attention", *half, None, None),
         ("attention_cpu", *half, 0.3),
+        ("linear", *wide),
+        ("linear_cpu", wide[0].detach().bfloat16(), *wide[1:]),
+        ("linear_cpu_input_gradient", wide[0].detach().bfloat16(), rand(5, 7)),
+        ("linear_cpu_weight_gradient", rand(2, 6, 4).bfloat16(), wide[0].detach().bfloat16(), rand(4, 5), True),
         ("attention_cpu_backward", saved[0], *saved, 0.3),
         ("attention_varlen", *packed, cu, cu_k, 3, 4, None),
         *by_kernel,

@@ -1,0 +1,150 @@
+"""Linear layers: PyTorch's, but on a CPU in bfloat16 the extension's, where it was built and the processor has AMX.
+
+There a layer's weight stays in float32: it is rounded where it is multiplied, without a copy, and its gradient is never
+rounded.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _csrc
+from ._library import compiled, ops, register, register_composite
+from .reference import bfloat16_on_cpu
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, as `torch.nn.functional.linear`, and differentiable as it.
+
+    On a CPU in bfloat16, which is that of x or autocast's, weight and bias may be float32. With the extension the
+    weight counts as rounded to bfloat16, sums are of float32 and rounded once, those of float32 parameters' gradients
+    never; the result does not depend on the number of threads, and denormal numbers count as zeros.
+
+    Args:
+        x: [..., inputs], floating point.
+        weight: [outputs, inputs].
+        bias: [outputs], in weight's dtype.
+
+    Returns:
+        [..., outputs] in x's dtype, or autocast's.
+
+    Raises:
+        RuntimeError: as there, for shapes or dtypes that do not fit.
+        ValueError: VMAE_KERNELS=csrc, and the extension cannot.
+    """
+    return ops.linear(x, weight, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    known = all(p is None or (p.is_cpu and p.dtype in (torch.float32, torch.bfloat16)) for p in (weight, bias))
+    fits = x.ndim > 0 and weight.ndim == 2 and x.shape[-1] == weight.shape[1]
+    if not (known and fits and (bias is None or bias.shape == weight.shape[:1])) or not bfloat16_on_cpu(x):
+        return F.linear(x, weight, bias)  # which says what is wrong, if something is
+    return ops.linear_cpu(x, weight, bias)
+
+
+def _compiled(weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether the extension multiplies, rather than PyTorch: this is where it is decided.
+
+    Raises:
+        ValueError: VMAE_KERNELS=csrc, and it cannot.
+    """
+    if not weight.numel() or (bias is not None and bias.dtype != weight.dtype):
+        return False
+    amx = "a processor with Intel AMX"
+    return compiled("linear", lambda: _csrc.missing() or (None if _csrc.facts()["amx"] else amx))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., C] as [rows, C], the numbers of a row side by side."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _compiled(weight, bias):
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = _fake_forward(x, weight, bias)
+    whole = None if bias is None else bias.contiguous()
+    _csrc.ops.linear(y.view(-1, len(weight)), _rows(x), _rows(weight), whole)
+    return y
+
+
+def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    if not _compiled(weight):
+        return grad @ weight.to(grad.dtype)
+    dx = _fake_input_gradient(grad, weight)
+    _csrc.ops.linear_input_gradient(dx.view(-1, weight.shape[1]), _rows(grad), _rows(weight))
+    return dx
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """In float32; without a bias, its is empty."""
+    grad, x = _rows(grad), _rows(x)
+    if not _compiled(weight):
+        return (grad.t() @ x).float(), grad.sum(0, dtype=torch.float32) if bias else x.new_empty(0).float()
+    dweight, dbias = _fake_weight_gradient(grad, x, weight, bias)
+    _csrc.ops.linear_weight_gradient(dweight, dbias if bias else None, grad, x)
+    return dweight, dbias
+
+
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
+def _fake_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    outputs, inputs = weight.shape
+    dweight = weight.new_empty(outputs, inputs, dtype=torch.float32)
+    return dweight, weight.new_empty(outputs if bias else 0, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None, weight)
+    ctx.bias = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    of_x, of_weight, of_bias = ctx.needs_input_grad
+    dx = ops.linear_cpu_input_gradient(grad, weight) if of_x else None
+    if not of_weight and not of_bias:
+        return dx, None, None
+    dweight, dbias = ops.linear_cpu_weight_gradient(grad, x, weight, of_bias)
+    return dx, dweight.to(weight.dtype) if of_weight else None, dbias.to(ctx.bias) if of_bias else None
+
+
+register_composite("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear)
+# What it is made of for bfloat16 on a CPU.
+register(
+    "linear_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _forward,
+    fake=_fake_forward,
+    backward=_backward,
+    setup_context=_setup_context,
+    autocast=1,
+)
+register("linear_cpu_input_gradient(Tensor grad, Tensor weight) -> Tensor", _input_gradient, fake=_fake_input_gradient)
+register(
+    "linear_cpu_weight_gradient(Tensor grad, Tensor x, Tensor weight, bool bias) -> (Tensor, Tensor)",
+    _weight_gradient,
+    fake=_fake_weight_gradient,
+)
+
+
+@register_flop_formula([ops.linear_cpu, ops.linear_cpu_input_gradient])
+def _forward_flops(x, weight, *_, **__) -> int:
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
+@register_flop_formula(ops.linear_cpu_weight_gradient)
+def _weight_gradient_flops(grad, x, weight, *_, **__) -> int:
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
