@@ -23,6 +23,7 @@ from torch import Tensor
 import vmae_kernels as ours
 from vmae.mae import IMAGENET_MEAN as MEAN
 from vmae.mae import IMAGENET_STD as STD
+from vmae_kernels.linear import linear as layer
 from vmae_kernels.philox import normals
 
 CUDA = DEVICE == "cuda"
@@ -279,6 +280,15 @@ def attention_varlen(frames: int, dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
+def linear(frames: int, dtype: torch.dtype) -> Case:
+    """The second layer of an MLP, as autocast has it: the weight is float32, and so is its gradient."""
+    rows, inputs, outputs = tokens_of(frames)[1], 3072, 768
+    tensors = [rand(1, rows, inputs, dtype=dtype), rand(outputs, inputs, seed=1), rand(outputs, seed=2)]
+    contestants = {"ours": layer, "casts, F.linear": lambda x, w, b: F.linear(x, w.to(dtype), b.to(dtype))}
+    products = 2 * rows * inputs * outputs
+    return Case(tensors, contestants, flops=(products, 2 * products), tolerance=rounding(dtype))
+
+
 def fsq(frames: int, dtype: torch.dtype) -> Case:
     n = tokens_of(frames)[0]
     half, offset = 3.5035, 0.5
@@ -306,6 +316,7 @@ OPERATIONS: dict[Callable[[int, torch.dtype], Case], list[torch.dtype]] = {
     attention: DTYPES,
     attention_kv_indices: DTYPES,
     attention_varlen: DTYPES,
+    linear: [] if CUDA else DTYPES[:-1],  # elsewhere it is PyTorch's
 }
 POINTS = [
     pytest.param(operation, frames, dtype, id=f"{operation.__name__}-{frames}-{str(dtype)[6:]}", marks=marks)

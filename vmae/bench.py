@@ -333,17 +333,17 @@ def plain(model: VideoMAE, clip: Tensor, tokens: Tokens, mark: Mark = lambda par
     seen = ((patches[batch, mask.visible].float() / 255 - mean) / std).flatten(2).to(model.patch_embed.weight.dtype)
     if patches.shape[1] != len(model.encoder_positions):
         model._set_positions(patches.shape[1])
-    x = model.patch_embed(seen) + model.encoder_positions[mask.visible]
+    x = _layer(model.patch_embed, seen) + model.encoder_positions[mask.visible]
     mark("encoder")
     for block in model.blocks:
         x = _plain_block(block, x)
     x = model.norm(x)
     mark("decoder")
     positions = model.decoder_positions
-    x = torch.cat((model.to_decoder(x) + positions[mask.visible], model.mask_token + positions[selected]), 1)
+    x = torch.cat((_layer(model.to_decoder, x) + positions[mask.visible], model.mask_token + positions[selected]), 1)
     for block in model.decoder_blocks:
         x = _plain_block(block, x)
-    prediction = model.head(model.decoder_norm(x[:, mask.visible.shape[1] :]))
+    prediction = _layer(model.head, model.decoder_norm(x[:, mask.visible.shape[1] :]))
     mark("loss")
     if config.target == "latent":
         return F.mse_loss(prediction.float(), tokens.latents[batch, selected].float())
@@ -355,10 +355,17 @@ def plain(model: VideoMAE, clip: Tensor, tokens: Tokens, mark: Mark = lambda par
 
 
 def _plain_block(block: Any, x: Tensor) -> Tensor:
-    q, k, v = rearrange(block.attn.qkv(block.norm1(x)), "b n (s h d) -> s b h n d", s=3, h=block.attn.heads)
+    qkv = _layer(block.attn.qkv, block.norm1(x))
+    q, k, v = rearrange(qkv, "b n (s h d) -> s b h n d", s=3, h=block.attn.heads)
     o = F.scaled_dot_product_attention(q, k, v)
-    x = x + block.attn.proj(rearrange(o, "b h n d -> b n (h d)"))
-    return x + block.mlp(block.norm2(x))
+    x = x + _layer(block.attn.proj, rearrange(o, "b h n d -> b n (h d)"))
+    first, gelu, last = block.mlp
+    return x + _layer(last, gelu(_layer(first, block.norm2(x))))
+
+
+def _layer(layer: nn.Linear, x: Tensor) -> Tensor:
+    """PyTorch's, not ours."""
+    return F.linear(x, layer.weight, layer.bias)
 
 
 def _huggingface(case: Case) -> Subject:
