@@ -267,7 +267,7 @@ def draw(found: dict[str, Any], results: Path) -> dict[str, str]:
             axes.set_xticks(ticks, [str(t) for t in ticks])
             axes.minorticks_off()
             axes.grid(alpha=0.3)
-        time.legend(frameon=False, fontsize=7)
+        figure.legend(*time.get_legend_handles_labels(), frameon=False, fontsize=7, ncols=3, loc="outside lower center")
         save("frames", figure)
         ours = [
             p for p in base if p.facts["way"] == "vmae" and p.facts["budget"] == 0.15 and not p.facts["checkpointing"]
