@@ -102,17 +102,17 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def _recomputed(cheap: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
-    """linear(cheap(x)), that keeps x alone for its backward, which does again what costs little: `cheap`, a norm or an
-    activation, and under autocast the cast of the weight. torch.compile weighs such things by itself.
+def _recomputed(cheap: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(cheap(x)) of a linear layer, that keeps x alone: its backward does again what costs little, `cheap`, a norm or
+    an activation, and under autocast the cast of the weight. torch.compile weighs such things by itself.
     """
     y = cheap(x)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return linear(y)
+        return layer(y)
     device = x.device.type
-    weight: Any = linear.weight
+    weight: Any = layer.weight
     if torch.is_autocast_enabled(device):
-        y = y.to(torch.get_autocast_dtype(device))  # as the layer would, whose cast could not be told from others
+        y = y.to(torch.get_autocast_dtype(device))  # as the layer does, whose cast could not be told from others
     dtype, storage = y.dtype, y.untyped_storage()._cdata
 
     def pack(saved: Tensor) -> Any:
@@ -131,11 +131,11 @@ def _recomputed(cheap: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
             return (cheap(x) if what == "input" else weight).to(dtype).as_strided(*saved)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return linear(y)
+        return layer(y)
 
 
-def _kept(cheap: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
-    return linear(cheap(x))
+def _kept(cheap: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(cheap(x))
 
 
 class Attention(nn.Module):
