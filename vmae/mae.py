@@ -103,8 +103,8 @@ class Linear(nn.Linear):
 
 
 def _recomputed(cheap: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(cheap(x)) of a linear layer, that keeps x alone: its backward does again what costs little, `cheap`, a norm or
-    an activation, and under autocast the cast of the weight. torch.compile weighs such things by itself.
+    """layer(cheap(x)) of a linear layer, that keeps x alone: its backward does again what costs little, `cheap`, a norm
+    or an activation, and under autocast the cast of the weight. torch.compile weighs such things by itself.
     """
     y = cheap(x)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
