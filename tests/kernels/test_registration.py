@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import vmae_kernels
+import vmae_kernels.linear  # registers its operations, which the package itself does not
 from vmae_kernels import (
     attention,
     attention_varlen,
