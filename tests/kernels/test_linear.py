@@ -1,5 +1,8 @@
 """Linear layers in bfloat16 on a CPU, PyTorch's and the extension's, against products in float64."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +114,39 @@ def test_any_strides(monkeypatch):
     assert same([a.view(b.shape) for a, b in zip(split, wanted, strict=True)], wanted)
     assert same([linear(given[0][0], *given[1:])], [wanted[0][0]])
     assert same(run(given, grad[:1].expand_as(grad)), run(given, grad[:1].repeat(70, 1)))
+
+
+AT_THE_END = """
+import ctypes, math, mmap, torch
+from vmae_kernels.linear import linear
+
+kept = []
+
+def at_the_end(x):
+    \"\"\"A copy behind which there is memory that no one may read.\"\"\"
+    size = math.ceil(x.nbytes / mmap.PAGESIZE) * mmap.PAGESIZE
+    kept.append(mmap.mmap(-1, size + mmap.PAGESIZE))
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(kept[-1]))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + size), mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(kept[-1], dtype=x.dtype, count=x.numel(), offset=size - x.nbytes)
+    return copy.view(x.shape).copy_(x).requires_grad_(x.requires_grad)
+
+for rows, inputs, outputs in ((33, 64, 64), (40, 33, 33), (5, 47, 18)):
+    results = []
+    for place in (at_the_end, lambda x: x):
+        torch.manual_seed(0)
+        shapes = (rows, inputs), (outputs, inputs), (outputs,), (rows, outputs)
+        x, weight, bias, grad = (torch.randn(shape) for shape in shapes)
+        given = [place(t.requires_grad_()) for t in (x.bfloat16(), weight, bias)]
+        results.append(torch.autograd.grad(linear(*given), given, place(grad.bfloat16())))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+"""
+
+
+@amx
+def test_nothing_behind_an_operand_is_read():
+    done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @ways
