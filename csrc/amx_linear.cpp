@@ -17,12 +17,12 @@
 namespace vmae {
 namespace {
 
-constexpr int64_t kStep = kRows * kDepth;       // numbers of a left or right tile
-constexpr int64_t kSide = 2 * kRows;            // of the squares of 2 x 2 result tiles
-constexpr int64_t kSquare = kSide * kSide;
-constexpr int64_t kGroup = 1 << 19;           // numbers of panels that stay in the second cache
-constexpr int64_t kLongest = 64 * kDepth;     // of what is summed over tokens, so that operands' copies stay small
+constexpr int64_t kStep = kRows * kDepth;  // numbers of a left or right tile
+constexpr int64_t kSide = 2 * kRows;       // of the squares of 2 x 2 result tiles
+constexpr int64_t kGroup = 1 << 19;        // numbers of panels that stay in the second cache
+constexpr int64_t kLongest = 64 * kDepth;  // tokens that are summed at a time, so that the operands' copies stay small
 
+// 16 or 32 numbers as bfloat16, of which there are `count`; the others are zeros.
 __m256i sixteen(const uint16_t* x, int64_t count) { return _mm256_maskz_loadu_epi16(first16(count), x); }
 
 __m256i sixteen(const float* x, int64_t count) {
@@ -95,14 +95,14 @@ Buffer<uint16_t> pack_all(const T& operand) {
   return packed;
 }
 
-// finish(row, column, square) is given the squares of the product of `left` and `right`.
+// finish(row, column, square) is given, one by one, the squares of the product of `left` and `right`.
 template <class Left, class Right, class Finish>
 void multiply_all(const Left& left, const Right& right, Finish finish) {
   const int64_t steps = ceil_div(left.depth, kDepth), panel = steps * 2 * kStep;
   const int64_t panels = ceil_div(right.count, kSide), squares = ceil_div(left.count, kSide);
   const int64_t groups = ceil_div(panels, std::max<int64_t>(kGroup / panel, 1)), group = ceil_div(panels, groups);
   const auto packed = pack_all(right);
-  const auto turned = Left::deep ? pack_all(left) : nullptr;  // which costs more than to pack rows again for each group
+  const auto turned = Left::deep ? pack_all(left) : nullptr;  // once: to transpose costs more than to copy rows
   parallel(groups * squares, [&](int64_t begin, int64_t end) {
     Tiles tiles;
     tiles.configure(kRows, kDepth);

@@ -70,7 +70,7 @@ def show(facts: dict[str, Any], indent: str = "") -> str:
 
 def _extension(facts: dict[str, Any]) -> str:
     cuda = f"CUDA {facts['cuda']} for {', '.join(facts['architectures'])}" if facts["cuda"] else "the CPU alone"
-    cpu = "AMX for causal_conv3d and attention in bfloat16" if facts.get("amx") else "no AMX here"
+    cpu = "AMX for causal_conv3d, attention and the model's layers in bfloat16" if facts.get("amx") else "no AMX here"
     return f"built for {cuda}; {cpu}"
 
 

@@ -40,6 +40,11 @@ def missing() -> str | None:
     return facts().get("missing")
 
 
+def without_amx() -> str | None:
+    """What its operations for CPUs with Intel AMX lack here, or None."""
+    return missing() or (None if facts()["amx"] else "a processor with Intel AMX")
+
+
 def occupancy() -> list[dict[str, Any]]:
     """The compiled kernels on the current CUDA device: tile, registers, memory and blocks of a multiprocessor.
 

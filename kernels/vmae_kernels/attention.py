@@ -377,8 +377,7 @@ def _compiled(q: Tensor) -> bool:
     """
     if q.dtype != torch.bfloat16 or not q.numel():  # the extension has no other
         return False
-    amx = "a processor with Intel AMX"
-    return compiled("attention", lambda: _csrc.missing() or (None if _csrc.facts()["amx"] else amx))
+    return compiled("attention", _csrc.without_amx)
 
 
 def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -55,8 +55,7 @@ def _compiled(weight: Tensor, bias: Tensor | None = None) -> bool:
     """
     if not weight.numel() or (bias is not None and bias.dtype != weight.dtype):
         return False
-    amx = "a processor with Intel AMX"
-    return compiled("linear", lambda: _csrc.missing() or (None if _csrc.facts()["amx"] else amx))
+    return compiled("linear", _csrc.without_amx)
 
 
 def _rows(x: Tensor) -> Tensor:
