@@ -173,6 +173,15 @@ inline void transpose(__m512i* r) {
 
 inline __m512 to_float(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
+// 2^x to 9e-5 of it, which rounding to bfloat16 hides; exact where x is whole.
+inline __m512 exp2_of(__m512 x) {
+  __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.0770671740f), _mm512_set1_ps(0.227644847f));
+  p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(0.695116819f));
+  p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(1.f));
+  return _mm512_scalef_ps(p, x);  // by 2^floor(x)
+}
+
 // exp of y between -104 and 104, to about one unit in the last place: 2^n * a polynomial on half a binade about 1.
 inline __m512 exp_of(__m512 y) {
   __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);

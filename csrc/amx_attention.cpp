@@ -34,15 +34,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 using Input = Rows<const uint16_t>;
 using Output = Rows<uint16_t>;
 
-// 2^x to 9e-5 of it, which rounding to bfloat16 hides; exact where x is whole.
-__m512 exp2_of(__m512 x) {
-  __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.0770671740f), _mm512_set1_ps(0.227644847f));
-  p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(0.695116819f));
-  p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(p, x);  // by 2^floor(x)
-}
-
 // bfloat16 a, then b.
 __m512i rounded(__m512 a, __m512 b) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)); }
 

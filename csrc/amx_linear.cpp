@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t kStep = kRows * kDepth;  // numbers of a left or right tile
 constexpr int64_t kSide = 2 * kRows;       // of the squares of 2 x 2 result tiles
 constexpr int64_t kGroup = 1 << 19;        // numbers of panels that stay in the second cache
+constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kLongest = 64 * kDepth;  // tokens that are summed at a time, so that the operands' copies stay small
 
 // 16 or 32 numbers as bfloat16, of which there are `count`; the others are zeros.
@@ -71,33 +72,42 @@ struct Operand {
   Matrix<const T> x;
   int64_t count, depth;
 
-  void pack(int64_t first, uint16_t* to) const {
-    for (int64_t d = 0; d < depth; d += kDepth)
-      for (int64_t i = first; i < first + kSide; i += kRows, to += kStep) {
-        if constexpr (DEEP)
-          pack_depth<RIGHT>(Matrix<const T>{x.data + d * x.stride + i, x.stride}, depth - d, count - i, to);
-        else
-          pack_rows<RIGHT>(Matrix<const T>{x.data + i * x.stride + d, x.stride}, count - i, depth - d, to);
-      }
+  // Those from `first` on, at 32 numbers of depth from `d` on.
+  void pack(int64_t first, int64_t d, uint16_t* to) const {
+    for (int64_t i = first; i < first + kSide; i += kRows, to += kStep) {
+      if constexpr (DEEP)
+        pack_depth<RIGHT>(Matrix<const T>{x.data + d * x.stride + i, x.stride}, depth - d, count - i, to);
+      else
+        pack_rows<RIGHT>(Matrix<const T>{x.data + i * x.stride + d, x.stride}, count - i, depth - d, to);
+    }
   }
 
   // Whether 32 rows from `first` on are tiles where they lie.
   bool lies(int64_t first) const { return !DEEP && first + kSide <= count && depth % kDepth == 0; }
 };
 
+// In the order in which x lies, or most of what is read would be waited for.
 template <class T>
 Buffer<uint16_t> pack_all(const T& operand) {
-  const int64_t panel = round_up(operand.depth, kDepth) * kSide, panels = ceil_div(operand.count, kSide);
-  auto packed = buffer<uint16_t>(panels * panel);
-  parallel(panels, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) operand.pack(p * kSide, packed.get() + p * panel);
+  const int64_t steps = ceil_div(operand.depth, kDepth), panels = ceil_div(operand.count, kSide);
+  const int64_t outer = T::deep ? steps : panels, inner = T::deep ? panels : steps;
+  auto packed = buffer<uint16_t>(panels * steps * 2 * kStep);
+  parallel(outer, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < inner; ++j) {
+        const int64_t p = T::deep ? j : i, s = T::deep ? i : j;
+        operand.pack(p * kSide, s * kDepth, packed.get() + (p * steps + s) * 2 * kStep);
+      }
   });
   return packed;
 }
 
-// finish(row, column, square) is given, one by one, the squares of the product of `left` and `right`.
-template <class Left, class Right, class Finish>
-void multiply_all(const Left& left, const Right& right, Finish finish) {
+constexpr auto kNothing = [](int64_t, int64_t) {};
+
+// finish(row, column, square) is given, one by one, the squares of the product of `left` and `right`; before each is
+// multiplied, ahead(row, column) may ask for memory that `finish` reads.
+template <class Left, class Right, class Finish, class Ahead = decltype(kNothing)>
+void multiply_all(const Left& left, const Right& right, Finish finish, Ahead ahead = kNothing) {
   const int64_t steps = ceil_div(left.depth, kDepth), panel = steps * 2 * kStep;
   const int64_t panels = ceil_div(right.count, kSide), squares = ceil_div(left.count, kSide);
   const int64_t groups = ceil_div(panels, std::max<int64_t>(kGroup / panel, 1)), group = ceil_div(panels, groups);
@@ -115,11 +125,12 @@ void multiply_all(const Left& left, const Right& right, Finish finish) {
       if (left.lies(first)) {
         rows = left.x.data + first * left.x.stride, row = left.x.stride, step = kDepth;
       } else if (!turned) {
-        left.pack(first, copy.get());
+        for (int64_t s = 0; s < steps; ++s) left.pack(first, s * kDepth, copy.get() + s * 2 * kStep);
         rows = copy.get();
       }
       for (int64_t p = i / squares * group; p < last; ++p) {
         const uint16_t* columns = packed.get() + p * panel;
+        ahead(first, p * kSide);
         fence();
         zero_tiles<2, 2>();
         multiply<2, 2>(rows, rows + kRows * row, row * 2, step, columns, columns + kStep, 2 * kStep, steps);
@@ -144,17 +155,49 @@ struct Row {
 __m512 as_float(const float* x, int64_t count) { return _mm512_maskz_loadu_ps(first16(count), x); }
 __m512 as_float(const uint16_t* x, int64_t count) { return to_float(sixteen(x, count)); }
 
-// Writes squares, and adds `bias`, if there is any, to each row.
+__m512i rounded(const Row& row) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(row.high, row.low)); }
+
+// GELU, x times the normal distribution up to x, and its derivative; to 1.5e-4 of it, which rounding to bfloat16 hides.
+template <bool DERIVATIVE>
+struct Gelu {
+  __m512 value, derivative;
+
+  explicit Gelu(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.f);
+    const __m512 e = exp2_of(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f * kLog2E)));
+    // erfc(|x| / sqrt 2) / 2 is e times a polynomial of t = 1 / (1 + 0.376 |x|), here fitted to 3e-5 of it up to |x| = 13.
+    const __m512 z = _mm512_min_ps(_mm512_abs_ps(x), _mm512_set1_ps(100.f));  // of infinity the next lines make NaN
+    const __m512 s = _mm512_fmadd_ps(z, _mm512_set1_ps(0.375755055f), one);
+    __m512 t = _mm512_rcp14_ps(s), p = _mm512_set1_ps(-0.0911914915f);
+    t = _mm512_mul_ps(t, _mm512_fnmadd_ps(s, t, _mm512_set1_ps(2.f)));
+    for (float factor : {0.199974590f, 0.0837739035f, 0.158075854f, 0.149353611f})
+      p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(factor));
+    const __m512 tail = _mm512_mul_ps(e, _mm512_mul_ps(p, t));
+    const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __m512 below = _mm512_mask_sub_ps(tail, positive, one, tail);
+    value = _mm512_mul_ps(x, below);
+    if constexpr (DERIVATIVE)
+      derivative = _mm512_fmadd_ps(_mm512_mul_ps(x, e), _mm512_set1_ps(0.398942280f), below);
+  }
+};
+
+// Writes squares, after adding `bias` to each row, if there is any; and their GELU, if it is asked for.
 template <class T>
-auto rounded_to(uint16_t* y, int64_t rows, int64_t columns, const T* bias) {
+auto rounded_to(uint16_t* y, int64_t rows, int64_t columns, const T* bias, uint16_t* activated = nullptr) {
   return [=](int64_t row, int64_t column, const float* square) {
     const int64_t width = columns - column;
     __m512 low = _mm512_setzero_ps(), high = low;
     if (bias) low = as_float(bias + column, width), high = as_float(bias + column + 16, width - 16);
     for (int64_t i = 0; i < std::min(kSide, rows - row); ++i) {
-      const Row sums(square, i);
-      const auto both = _mm512_cvtne2ps_pbh(_mm512_add_ps(sums.high, high), _mm512_add_ps(sums.low, low));
-      _mm512_mask_storeu_epi16(y + (row + i) * columns + column, first32(width), reinterpret_cast<__m512i>(both));
+      const int64_t at = (row + i) * columns + column;
+      Row sums(square, i);
+      sums.low = _mm512_add_ps(sums.low, low), sums.high = _mm512_add_ps(sums.high, high);
+      const __m512i both = rounded(sums);
+      _mm512_mask_storeu_epi16(y + at, first32(width), both);
+      if (!activated) continue;
+      sums.low = Gelu<false>(to_float(_mm512_castsi512_si256(both))).value;
+      sums.high = Gelu<false>(to_float(_mm512_extracti64x4_epi64(both, 1))).value;
+      _mm512_mask_storeu_epi16(activated + at, first32(width), rounded(sums));
     }
   };
 }
@@ -162,15 +205,40 @@ auto rounded_to(uint16_t* y, int64_t rows, int64_t columns, const T* bias) {
 }  // namespace
 
 template <class T>
-void amx_linear(const AmxLinear& s, Matrix<const uint16_t> x, Matrix<const T> w, const T* bias, uint16_t* y) {
+void amx_linear(const AmxLinear& s, Matrix<const uint16_t> x, Matrix<const T> w, const T* bias, uint16_t* y,
+                uint16_t* activated) {
   multiply_all(Operand<false, false, uint16_t>{x, s.rows, s.inputs}, Operand<true, false, T>{w, s.outputs, s.inputs},
-               rounded_to(y, s.rows, s.outputs, bias));
+               rounded_to(y, s.rows, s.outputs, bias, activated));
 }
 
 template <class T>
 void amx_linear_input_gradient(const AmxLinear& s, Matrix<const uint16_t> dy, Matrix<const T> w, uint16_t* dx) {
   multiply_all(Operand<false, false, uint16_t>{dy, s.rows, s.outputs}, Operand<true, true, T>{w, s.inputs, s.outputs},
                rounded_to<float>(dx, s.rows, s.inputs, nullptr));
+}
+
+template <class T>
+void amx_linear_gelu_gradient(const AmxLinear& s, Matrix<const uint16_t> dy, Matrix<const T> w, const uint16_t* before,
+                              uint16_t* dbefore, uint16_t* activated) {
+  auto finish = [=](int64_t row, int64_t column, const float* square) {
+    const int64_t width = s.inputs - column;
+    for (int64_t i = 0; i < std::min(kSide, s.rows - row); ++i) {
+      const int64_t at = (row + i) * s.inputs + column;
+      const Gelu<true> low(as_float(before + at, width)), high(as_float(before + at + 16, width - 16));
+      Row numbers(square, i);
+      numbers.low = _mm512_mul_ps(numbers.low, low.derivative);
+      numbers.high = _mm512_mul_ps(numbers.high, high.derivative);
+      _mm512_mask_storeu_epi16(dbefore + at, first32(width), rounded(numbers));
+      numbers.low = low.value, numbers.high = high.value;
+      _mm512_mask_storeu_epi16(activated + at, first32(width), rounded(numbers));
+    }
+  };
+  auto ahead = [=](int64_t row, int64_t column) {
+    for (int64_t i = row; i < std::min(row + kSide, s.rows); ++i)
+      _mm_prefetch(reinterpret_cast<const char*>(before + i * s.inputs + column), _MM_HINT_T0);
+  };
+  multiply_all(Operand<false, false, uint16_t>{dy, s.rows, s.outputs}, Operand<true, true, T>{w, s.inputs, s.outputs},
+               finish, ahead);
 }
 
 void amx_linear_weight_gradient(const AmxLinear& s, Matrix<const uint16_t> dy, Matrix<const uint16_t> x, float* dw,
@@ -219,10 +287,14 @@ void amx_linear_weight_gradient(const AmxLinear& s, Matrix<const uint16_t> dy, M
 namespace vmae {
 
 template <class T>
-void amx_linear(const AmxLinear&, Matrix<const uint16_t>, Matrix<const T>, const T*, uint16_t*) {}
+void amx_linear(const AmxLinear&, Matrix<const uint16_t>, Matrix<const T>, const T*, uint16_t*, uint16_t*) {}
 
 template <class T>
 void amx_linear_input_gradient(const AmxLinear&, Matrix<const uint16_t>, Matrix<const T>, uint16_t*) {}
+
+template <class T>
+void amx_linear_gelu_gradient(const AmxLinear&, Matrix<const uint16_t>, Matrix<const T>, const uint16_t*, uint16_t*,
+                              uint16_t*) {}
 
 void amx_linear_weight_gradient(const AmxLinear&, Matrix<const uint16_t>, Matrix<const uint16_t>, float*, float*) {}
 
@@ -232,9 +304,14 @@ void amx_linear_weight_gradient(const AmxLinear&, Matrix<const uint16_t>, Matrix
 
 namespace vmae {
 
-template void amx_linear(const AmxLinear&, Matrix<const uint16_t>, Matrix<const float>, const float*, uint16_t*);
-template void amx_linear(const AmxLinear&, Matrix<const uint16_t>, Matrix<const uint16_t>, const uint16_t*, uint16_t*);
-template void amx_linear_input_gradient(const AmxLinear&, Matrix<const uint16_t>, Matrix<const float>, uint16_t*);
-template void amx_linear_input_gradient(const AmxLinear&, Matrix<const uint16_t>, Matrix<const uint16_t>, uint16_t*);
+#define VMAE_OF(T)                                                                                                  \
+  template void amx_linear(const AmxLinear&, Matrix<const uint16_t>, Matrix<const T>, const T*, uint16_t*,           \
+                           uint16_t*);                                                                               \
+  template void amx_linear_input_gradient(const AmxLinear&, Matrix<const uint16_t>, Matrix<const T>, uint16_t*);    \
+  template void amx_linear_gelu_gradient(const AmxLinear&, Matrix<const uint16_t>, Matrix<const T>, const uint16_t*, \
+                                         uint16_t*, uint16_t*);
+VMAE_OF(float)
+VMAE_OF(uint16_t)
+#undef VMAE_OF
 
 }  // namespace vmae

@@ -20,11 +20,18 @@ struct Matrix {
   int64_t stride;
 };
 
+// And activated = GELU(y), unless it is null.
 template <class T>  // float or uint16_t
-void amx_linear(const AmxLinear& sizes, Matrix<const uint16_t> x, Matrix<const T> w, const T* bias, uint16_t* y);
+void amx_linear(const AmxLinear& sizes, Matrix<const uint16_t> x, Matrix<const T> w, const T* bias, uint16_t* y,
+                uint16_t* activated);
 
 template <class T>
 void amx_linear_input_gradient(const AmxLinear& sizes, Matrix<const uint16_t> dy, Matrix<const T> w, uint16_t* dx);
+
+// Of x = GELU(before): the gradient of `before`, and activated = x.
+template <class T>
+void amx_linear_gelu_gradient(const AmxLinear& sizes, Matrix<const uint16_t> dy, Matrix<const T> w,
+                              const uint16_t* before, uint16_t* dbefore, uint16_t* activated);
 
 // dw and, unless it is null, dbias.
 void amx_linear_weight_gradient(const AmxLinear& sizes, Matrix<const uint16_t> dy, Matrix<const uint16_t> x, float* dw,

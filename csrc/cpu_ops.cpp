@@ -93,13 +93,15 @@ bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::Sc
 
 // `bias` has the weight's dtype.
 template <class T>
-void linear(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+void linear(const Tensor& y, const std::optional<Tensor>& activated, const Tensor& x, const Tensor& weight,
+            const std::optional<Tensor>& bias) {
   amx_linear(linear_sizes(x, y), matrix<uint16_t>(x), matrix<T>(weight),
-             bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, data(y));
+             bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, data(y), data(activated));
 }
 
-void linear_cpu(Tensor y, const Tensor x, const Tensor weight, const std::optional<Tensor> bias) {
-  is_float(weight) ? linear<float>(y, x, weight, bias) : linear<uint16_t>(y, x, weight, bias);
+void linear_cpu(Tensor y, const std::optional<Tensor> activated, const Tensor x, const Tensor weight,
+                const std::optional<Tensor> bias) {
+  is_float(weight) ? linear<float>(y, activated, x, weight, bias) : linear<uint16_t>(y, activated, x, weight, bias);
 }
 
 void linear_input_gradient_cpu(Tensor dx, const Tensor dy, const Tensor weight) {
@@ -108,6 +110,18 @@ void linear_input_gradient_cpu(Tensor dx, const Tensor dy, const Tensor weight) 
     amx_linear_input_gradient(sizes, matrix<uint16_t>(dy), matrix<float>(weight), data(dx));
   else
     amx_linear_input_gradient(sizes, matrix<uint16_t>(dy), matrix<uint16_t>(weight), data(dx));
+}
+
+// `before` has no gaps.
+void linear_gelu_gradient_cpu(Tensor dbefore, Tensor activated, const Tensor dy, const Tensor weight,
+                              const Tensor before) {
+  const AmxLinear sizes = linear_sizes(dbefore, dy);
+  if (is_float(weight))
+    amx_linear_gelu_gradient(sizes, matrix<uint16_t>(dy), matrix<float>(weight), data(before), data(dbefore),
+                             data(activated));
+  else
+    amx_linear_gelu_gradient(sizes, matrix<uint16_t>(dy), matrix<uint16_t>(weight), data(before), data(dbefore),
+                             data(activated));
 }
 
 void linear_weight_gradient_cpu(Tensor dweight, const std::optional<Tensor> dbias, const Tensor dy, const Tensor x) {
@@ -184,6 +198,7 @@ STABLE_TORCH_LIBRARY_IMPL(vmae_csrc, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&vmae::attention_backward_cpu));
   m.impl("linear", TORCH_BOX(&vmae::linear_cpu));
   m.impl("linear_input_gradient", TORCH_BOX(&vmae::linear_input_gradient_cpu));
+  m.impl("linear_gelu_gradient", TORCH_BOX(&vmae::linear_gelu_gradient_cpu));
   m.impl("linear_weight_gradient", TORCH_BOX(&vmae::linear_weight_gradient_cpu));
   m.impl("topk", TORCH_BOX(&vmae::topk_cpu));
   m.impl("topk_mask", TORCH_BOX(&vmae::topk_mask_cpu));

@@ -32,8 +32,10 @@ STABLE_TORCH_LIBRARY(vmae_csrc, m) {
   m.def(
       "attention_backward(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor grad, Tensor q, Tensor k, Tensor v, "
       "Tensor o, Tensor lse, float scale) -> ()");
-  m.def("linear(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias) -> ()");
+  m.def("linear(Tensor(a!) y, Tensor(b!)? activated, Tensor x, Tensor weight, Tensor? bias) -> ()");
   m.def("linear_input_gradient(Tensor(a!) dx, Tensor dy, Tensor weight) -> ()");
+  m.def(
+      "linear_gelu_gradient(Tensor(a!) dbefore, Tensor(b!) activated, Tensor dy, Tensor weight, Tensor before) -> ()");
   m.def("linear_weight_gradient(Tensor(a!) dweight, Tensor(b!)? dbias, Tensor dy, Tensor x) -> ()");
   m.def("topk(Tensor(a!) selected, Tensor(b!)? rest, Tensor scores, int k) -> ()");
   m.def("topk_mask(Tensor(a!) mask, Tensor scores, int k) -> ()");

@@ -18,6 +18,8 @@ from vmae.scorer import token_scores
 from vmae.tokens import TUBELET, Tokens, check_clip, check_video
 from vmae_kernels import attention, attention_varlen, decoder_tokens, gather_tokens, tubelets
 from vmae_kernels.linear import linear
+from vmae_kernels.mlp import mlp
+from vmae_kernels.reference import bfloat16_on_cpu
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -102,15 +104,24 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class MLP(nn.Sequential):
+    def __init__(self, width: int):
+        super().__init__(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mlp(x, *self.parameters())
+
+
 def _recomputed(cheap: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(cheap(x)) of a linear layer, that keeps x alone: its backward does again what costs little, `cheap`, a norm
-    or an activation, and under autocast the cast of the weight. torch.compile weighs such things by itself.
+    """layer(cheap(x)) of a linear layer or an MLP, that does not keep cheap(x): its backward does again what costs
+    little, `cheap`, a norm or an activation, and under autocast the cast of a linear layer's weight. torch.compile
+    weighs such things by itself.
     """
     y = cheap(x)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return layer(y)
     device = x.device.type
-    weight: Any = layer.weight
+    weight: Any = layer.weight if isinstance(layer, nn.Linear) else None
     if torch.is_autocast_enabled(device):
         y = y.to(torch.get_autocast_dtype(device))  # as the layer does, whose cast could not be told from others
     dtype, storage = y.dtype, y.untyped_storage()._cdata
@@ -119,7 +130,7 @@ def _recomputed(cheap: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
         view = saved.size(), saved.stride(), saved.storage_offset()
         if saved.untyped_storage()._cdata == storage:
             return "input", view
-        if saved.dtype != weight.dtype and saved.numel() == weight.numel():
+        if weight is not None and saved.dtype != weight.dtype and saved.numel() == weight.numel():
             return "weight", view
         return "", saved
 
@@ -165,7 +176,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
+        self.mlp = MLP(width)
 
     def forward(
         self, x: Tensor, keys: Tensor | None = None, packed: Packed | None = None, *, checkpointed: bool = False
@@ -173,6 +184,8 @@ class Block(nn.Module):
         of = _kept if checkpointed else _recomputed  # one or the other: within a checkpoint all is computed again
         x = x + self.attn(of(self.norm1, self.attn.qkv, x), keys, packed)
         first, gelu, last = self.mlp
+        if isinstance(first, Linear) and bfloat16_on_cpu(x):  # where the MLP itself does the GELU again
+            return x + of(self.norm2, self.mlp, x)
         return x + of(gelu, last, of(self.norm2, first, x))
 
 

@@ -5,6 +5,7 @@ rounded.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return ops.linear_cpu(x, weight, bias)
 
 
-def _compiled(weight: Tensor, bias: Tensor | None = None) -> bool:
+def compiled_for(weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether the extension multiplies, rather than PyTorch: this is where it is decided.
 
     Raises:
@@ -58,33 +59,33 @@ def _compiled(weight: Tensor, bias: Tensor | None = None) -> bool:
     return compiled("linear", _csrc.without_amx)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """[..., C] as [rows, C], the numbers of a row side by side."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not _compiled(weight, bias):
+    if not compiled_for(weight, bias):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     y = _fake_forward(x, weight, bias)
     whole = None if bias is None else bias.contiguous()
-    _csrc.ops.linear(y.view(-1, len(weight)), _rows(x), _rows(weight), whole)
+    _csrc.ops.linear(y.view(-1, len(weight)), None, rows_of(x), rows_of(weight), whole)
     return y
 
 
 def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    if not _compiled(weight):
+    if not compiled_for(weight):
         return grad @ weight.to(grad.dtype)
     dx = _fake_input_gradient(grad, weight)
-    _csrc.ops.linear_input_gradient(dx.view(-1, weight.shape[1]), _rows(grad), _rows(weight))
+    _csrc.ops.linear_input_gradient(dx.view(-1, weight.shape[1]), rows_of(grad), rows_of(weight))
     return dx
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """In float32; without a bias, its is empty."""
-    grad, x = _rows(grad), _rows(x)
-    if not _compiled(weight):
+    grad, x = rows_of(grad), rows_of(x)
+    if not compiled_for(weight):
         return (grad.t() @ x).float(), grad.sum(0, dtype=torch.float32) if bias else x.new_empty(0).float()
     dweight, dbias = _fake_weight_gradient(grad, x, weight, bias)
     _csrc.ops.linear_weight_gradient(dweight, dbias if bias else None, grad, x)
@@ -105,20 +106,26 @@ def _fake_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, bias: bool) -
     return dweight, weight.new_empty(outputs if bias else 0, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def keep_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, bias = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None, weight)
     ctx.bias = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    of_x, of_weight, of_bias = ctx.needs_input_grad
-    dx = ops.linear_cpu_input_gradient(grad, weight) if of_x else None
-    if not of_weight and not of_bias:
-        return dx, None, None
-    dweight, dbias = ops.linear_cpu_weight_gradient(grad, x, weight, of_bias)
-    return dx, dweight.to(weight.dtype) if of_weight else None, dbias.to(ctx.bias) if of_bias else None
+    dx = ops.linear_cpu_input_gradient(grad, weight) if ctx.needs_input_grad[0] else None
+    return dx, *parameter_gradients(grad, x, weight, ctx.bias, ctx.needs_input_grad[1:])
+
+
+def parameter_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: torch.dtype | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of weight and bias, which is of this dtype, those that are wanted."""
+    if not any(wanted):
+        return None, None
+    dweight, dbias = ops.linear_cpu_weight_gradient(grad, x, weight, wanted[1])
+    return dweight.to(weight.dtype) if wanted[0] else None, dbias.to(bias) if wanted[1] else None
 
 
 register_composite("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear)
@@ -127,8 +134,8 @@ register(
     "linear_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _forward,
     fake=_fake_forward,
-    backward=_backward,
-    setup_context=_setup_context,
+    backward=linear_backward,
+    setup_context=keep_for_backward,
     autocast=1,
 )
 register("linear_cpu_input_gradient(Tensor grad, Tensor weight) -> Tensor", _input_gradient, fake=_fake_input_gradient)
