@@ -24,7 +24,7 @@ FOLDER = Path(__file__).resolve().parent
 LIBRARY = "libvmae_csrc.so"
 OCCUPANCY = f"_csrc_occupancy{sysconfig.get_config_var('EXT_SUFFIX')}"
 HOST_SOURCES = ("ops.cpp", "cpu_ops.cpp", "amx.cpp", "amx_attention.cpp", "amx_conv3d.cpp", "amx_linear.cpp",
-                "topk.cpp")  # fmt: skip
+                "layer_norm.cpp", "topk.cpp")  # fmt: skip
 CUDA_SOURCES = ("cuda_ops.cpp", "bfloat16.cu", "float16.cu", "tensor_float32.cu", "exact_float32.cu")
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 GIB_PER_COMPILER = 3

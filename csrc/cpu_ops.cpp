@@ -13,6 +13,7 @@
 #include "amx_attention.h"
 #include "amx_conv3d.h"
 #include "amx_linear.h"
+#include "layer_norm.h"
 #include "parallel.h"
 #include "topk.h"
 
@@ -24,6 +25,8 @@ using torch::stable::Tensor;
 uint16_t* data(const std::optional<Tensor>& tensor) {
   return tensor && tensor->numel() ? static_cast<uint16_t*>(tensor->mutable_data_ptr()) : nullptr;
 }
+
+float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 // `weight` [O, C, kt, kh, kw].
 AmxConvolution sizes_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride) {
@@ -68,14 +71,13 @@ AmxAttention attention_sizes(const Tensor& q, const Tensor& k, double scale) {
 }
 
 void attention_cpu(Tensor o, Tensor lse, const Tensor q, const Tensor k, const Tensor v, double scale) {
-  amx_attention_forward(attention_sizes(q, k, scale), read(q), read(k), read(v), rows(o),
-                        static_cast<float*>(lse.mutable_data_ptr()));
+  amx_attention_forward(attention_sizes(q, k, scale), read(q), read(k), read(v), rows(o), floats(lse));
 }
 
 void attention_backward_cpu(Tensor dq, Tensor dk, Tensor dv, const Tensor grad, const Tensor q, const Tensor k,
                             const Tensor v, const Tensor o, const Tensor lse, double scale) {
-  amx_attention_backward(attention_sizes(q, k, scale), read(grad), read(q), read(k), read(v), read(o),
-                         static_cast<const float*>(lse.data_ptr()), rows(dq), rows(dk), rows(dv));
+  amx_attention_backward(attention_sizes(q, k, scale), read(grad), read(q), read(k), read(v), read(o), floats(lse),
+                         rows(dq), rows(dk), rows(dv));
 }
 
 // Of [rows, columns], whose last stride is 1.
@@ -125,21 +127,34 @@ void linear_gelu_gradient_cpu(Tensor dbefore, Tensor activated, const Tensor dy,
 }
 
 void linear_weight_gradient_cpu(Tensor dweight, const std::optional<Tensor> dbias, const Tensor dy, const Tensor x) {
-  amx_linear_weight_gradient(linear_sizes(x, dy), matrix<uint16_t>(dy), matrix<uint16_t>(x),
-                             static_cast<float*>(dweight.mutable_data_ptr()),
-                             dbias ? static_cast<float*>(dbias->mutable_data_ptr()) : nullptr);
+  amx_linear_weight_gradient(linear_sizes(x, dy), matrix<uint16_t>(dy), matrix<uint16_t>(x), floats(dweight),
+                             dbias ? floats(*dbias) : nullptr);
+}
+
+LayerNorm norm_sizes(const Tensor& x, double eps) {
+  STD_TORCH_CHECK(amx_available(), "vmae_csrc: expected Intel AMX");
+  return {x.size(0), x.size(1), static_cast<float>(eps)};
+}
+
+// Of [rows, channels], all contiguous.
+void layer_norm_cpu(Tensor y, Tensor stats, const Tensor x, const Tensor weight, const Tensor bias, double eps) {
+  layer_norm(norm_sizes(x, eps), floats(x), floats(weight), floats(bias), data(y), floats(stats));
+}
+
+void layer_norm_backward_cpu(Tensor dx, Tensor dweight, Tensor dbias, const Tensor dy, const Tensor x,
+                             const Tensor weight, const Tensor stats) {
+  layer_norm_backward(norm_sizes(x, 0), data(dy), floats(x), floats(weight), floats(stats), floats(dx), floats(dweight),
+                      floats(dbias));
 }
 
 // `scores` [rows, n], contiguous.
 void topk_cpu(Tensor selected, const std::optional<Tensor> rest, const Tensor scores, int64_t k) {
-  topk(static_cast<const float*>(scores.data_ptr()), scores.size(0), scores.size(1), k,
-       static_cast<int64_t*>(selected.mutable_data_ptr()),
+  topk(floats(scores), scores.size(0), scores.size(1), k, static_cast<int64_t*>(selected.mutable_data_ptr()),
        rest ? static_cast<int64_t*>(rest->mutable_data_ptr()) : nullptr);
 }
 
 void topk_mask_cpu(Tensor mask, const Tensor scores, int64_t k) {
-  topk_mask(static_cast<const float*>(scores.data_ptr()), scores.size(0), scores.size(1), k,
-            static_cast<uint8_t*>(mask.mutable_data_ptr()));
+  topk_mask(floats(scores), scores.size(0), scores.size(1), k, static_cast<uint8_t*>(mask.mutable_data_ptr()));
 }
 
 // y[b, i] = x[b, indices[b, i]], of rows that lie together; whether all indices lie in [0, N).
@@ -183,8 +198,7 @@ void huge_pages_cpu(Tensor x) {
 
 // `out` [4, blocks, rows, n].
 void random_bits_cpu(Tensor out, int64_t seed, int64_t stream, int64_t block, int64_t row) {
-  random_bits(seed, stream, block, out.size(1), row, out.size(2), out.size(3),
-              static_cast<float*>(out.mutable_data_ptr()));
+  random_bits(seed, stream, block, out.size(1), row, out.size(2), out.size(3), floats(out));
 }
 
 }  // namespace
@@ -200,6 +214,8 @@ STABLE_TORCH_LIBRARY_IMPL(vmae_csrc, CPU, m) {
   m.impl("linear_input_gradient", TORCH_BOX(&vmae::linear_input_gradient_cpu));
   m.impl("linear_gelu_gradient", TORCH_BOX(&vmae::linear_gelu_gradient_cpu));
   m.impl("linear_weight_gradient", TORCH_BOX(&vmae::linear_weight_gradient_cpu));
+  m.impl("layer_norm", TORCH_BOX(&vmae::layer_norm_cpu));
+  m.impl("layer_norm_backward", TORCH_BOX(&vmae::layer_norm_backward_cpu));
   m.impl("topk", TORCH_BOX(&vmae::topk_cpu));
   m.impl("topk_mask", TORCH_BOX(&vmae::topk_mask_cpu));
   m.impl("huge_pages", TORCH_BOX(&vmae::huge_pages_cpu));

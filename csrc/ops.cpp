@@ -37,6 +37,10 @@ STABLE_TORCH_LIBRARY(vmae_csrc, m) {
   m.def(
       "linear_gelu_gradient(Tensor(a!) dbefore, Tensor(b!) activated, Tensor dy, Tensor weight, Tensor before) -> ()");
   m.def("linear_weight_gradient(Tensor(a!) dweight, Tensor(b!)? dbias, Tensor dy, Tensor x) -> ()");
+  m.def("layer_norm(Tensor(a!) y, Tensor(b!) stats, Tensor x, Tensor weight, Tensor bias, float eps) -> ()");
+  m.def(
+      "layer_norm_backward(Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias, Tensor dy, Tensor x, Tensor weight, "
+      "Tensor stats) -> ()");
   m.def("topk(Tensor(a!) selected, Tensor(b!)? rest, Tensor scores, int k) -> ()");
   m.def("topk_mask(Tensor(a!) mask, Tensor scores, int k) -> ()");
   m.def("random_bits(Tensor(a!) out, int seed, int stream, int block, int row) -> ()");

@@ -355,12 +355,12 @@ def plain(model: VideoMAE, clip: Tensor, tokens: Tokens, mark: Mark = lambda par
 
 
 def _plain_block(block: Any, x: Tensor) -> Tensor:
-    qkv = _layer(block.attn.qkv, block.norm1(x))
+    qkv = _layer(block.attn.qkv, nn.LayerNorm.forward(block.norm1, x))
     q, k, v = rearrange(qkv, "b n (s h d) -> s b h n d", s=3, h=block.attn.heads)
     o = F.scaled_dot_product_attention(q, k, v)
     x = x + _layer(block.attn.proj, rearrange(o, "b h n d -> b n (h d)"))
     first, gelu, last = block.mlp
-    return x + _layer(last, gelu(_layer(first, block.norm2(x))))
+    return x + _layer(last, gelu(_layer(first, nn.LayerNorm.forward(block.norm2, x))))
 
 
 def _layer(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The masked autoencoder: an encoder over few visible tokens, a decoder over the important hidden ones."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from vmae.masking import STRATEGIES, Grid, Strategy, TubeMask, check_masks, sele
 from vmae.scorer import token_scores
 from vmae.tokens import TUBELET, Tokens, check_clip, check_video
 from vmae_kernels import attention, attention_varlen, decoder_tokens, gather_tokens, tubelets
+from vmae_kernels.layer_norm import layer_norm
 from vmae_kernels.linear import linear
 from vmae_kernels.mlp import mlp
 from vmae_kernels.reference import bfloat16_on_cpu
@@ -104,6 +106,16 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Of a block, whose layers take bfloat16 under autocast."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
 class MLP(nn.Sequential):
     def __init__(self, width: int):
         super().__init__(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
@@ -122,7 +134,9 @@ def _recomputed(cheap: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
         return layer(y)
     device = x.device.type
     weight: Any = layer.weight if isinstance(layer, nn.Linear) else None
+    again: Any = contextlib.nullcontext()
     if torch.is_autocast_enabled(device):
+        again = torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
         y = y.to(torch.get_autocast_dtype(device))  # as the layer does, whose cast could not be told from others
     dtype, storage = y.dtype, y.untyped_storage()._cdata
 
@@ -138,7 +152,7 @@ def _recomputed(cheap: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
         what, saved = kept
         if not what:
             return saved
-        with torch.no_grad():
+        with torch.no_grad(), again:
             return (cheap(x) if what == "input" else weight).to(dtype).as_strided(*saved)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -174,9 +188,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width)
+        self.norm1, self.attn = LayerNorm(width), Attention(width, heads)
+        self.norm2, self.mlp = LayerNorm(width), MLP(width)
 
     def forward(
         self, x: Tensor, keys: Tensor | None = None, packed: Packed | None = None, *, checkpointed: bool = False

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from vmae.mae import Linear, VideoMAE
+from vmae.mae import LayerNorm, Linear, VideoMAE
 from vmae.masking import decoder_budget, visible_places
 from vmae.step import PARTS, Step, inputs, optimizer_of, run
 from vmae.tokens import TUBELET
@@ -240,8 +240,8 @@ def costs(step: Step, *, cuda: bool = True) -> Costs:
                 setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype)))
             for name, b in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
-            if cuda and isinstance(module, Linear):  # our own casts no weight, and is for CPUs
-                module.__class__ = nn.Linear  # type: ignore[assignment]
+            if cuda and isinstance(module, (Linear, LayerNorm)):  # our own are for CPUs, and cast no weight, nor a norm
+                module.__class__ = type(module).__bases__[0]
         optimizer = optimizer_of(model)
         clip, tokens = inputs(step)
         for x in (*model.parameters(), *model.buffers()):

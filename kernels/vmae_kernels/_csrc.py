@@ -11,8 +11,8 @@ import torch
 LIBRARY = Path(__file__).with_name("libvmae_csrc.so")
 ops = torch.ops.vmae_csrc
 OPERATIONS = ("convolve", "input_gradient", "weight_gradient", "attention", "attention_backward", "linear",
-              "linear_input_gradient", "linear_gelu_gradient", "linear_weight_gradient", "topk", "topk_mask",
-              "random_bits", "gather", "huge_pages")  # fmt: skip
+              "linear_input_gradient", "linear_gelu_gradient", "linear_weight_gradient", "layer_norm",
+              "layer_norm_backward", "topk", "topk_mask", "random_bits", "gather", "huge_pages")  # fmt: skip
 
 
 @functools.cache

@@ -89,6 +89,7 @@ def _fake_gelu_gradient(grad: Tensor, weight: Tensor, before: Tensor) -> tuple[T
 def _keep_first(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     keep_for_backward(ctx, inputs, output[0])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros are made for its gradient
 
 
 def _keep_second(ctx: Any, inputs: tuple, output: Tensor) -> None:

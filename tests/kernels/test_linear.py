@@ -118,7 +118,6 @@ def test_any_strides(monkeypatch):
 
 AT_THE_END = """
 import ctypes, math, mmap, torch
-from vmae_kernels.linear import linear
 
 kept = []
 
@@ -130,6 +129,10 @@ def at_the_end(x):
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + size), mmap.PAGESIZE, 0) == 0
     copy = torch.frombuffer(kept[-1], dtype=x.dtype, count=x.numel(), offset=size - x.nbytes)
     return copy.view(x.shape).copy_(x).requires_grad_(x.requires_grad)
+"""
+NOTHING_BEHIND = f"""
+{AT_THE_END}
+from vmae_kernels.linear import linear
 
 for rows, inputs, outputs in ((33, 64, 64), (40, 33, 33), (5, 47, 18)):
     results = []
@@ -143,10 +146,14 @@ for rows, inputs, outputs in ((33, 64, 64), (40, 33, 33), (5, 47, 18)):
 """
 
 
+def in_a_process(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @amx
 def test_nothing_behind_an_operand_is_read():
-    done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    in_a_process(NOTHING_BEHIND)
 
 
 @ways

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import vmae_kernels.mlp  # registers its operations and those of layers, which the package itself does not
+import vmae_kernels.layer_norm
+import vmae_kernels.mlp  # these register operations that the package itself does not
 from vmae_kernels import (
     attention,
     attention_varlen,
@@ -126,6 +127,7 @@ def samples_of_ops():
     patches = rand(2, 3, 24)
     half = [x.detach().bfloat16().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
     wide = [x.requires_grad_() for x in (rand(2, 6, 5), rand(4, 5, seed=1), rand(4, seed=2))]
+    norm_weights = [x.requires_grad_() for x in (rand(5, seed=5), rand(5, seed=6))]
     wide2 = [x.requires_grad_() for x in (rand(3, 4, seed=3), rand(3, seed=4))]
     saved = [*(x.detach() for x in half), *(x.detach() for x in OPS.attention_cpu(*half, 0.3))]
     known_packed = [p.detach() for p in packed]
@@ -165,6 +167,9 @@ def samples_of_ops():
         ("linear_cpu", wide[0].detach().bfloat16(), *wide[1:]),
         ("linear_cpu_input_gradient", wide[0].detach().bfloat16(), rand(5, 7)),
         ("linear_cpu_weight_gradient", rand(2, 6, 4).bfloat16(), wide[0].detach().bfloat16(), rand(4, 5), True),
+        ("layer_norm", wide[0], *norm_weights, 1e-6),
+        ("layer_norm_cpu", wide[0], *norm_weights, 1e-6),
+        ("layer_norm_cpu_backward", rand(2, 6, 5).bfloat16(), wide[0].detach(), rand(5), rand(2, 6, 2).abs()),
         ("mlp", *wide, *wide2),
         ("mlp_cpu_first", wide[0].detach().bfloat16(), *wide[1:]),
         ("mlp_cpu_second", *(rand(2, 6, 4, seed=s).bfloat16() for s in (1, 2)), *wide2),
