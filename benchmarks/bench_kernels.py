@@ -23,7 +23,9 @@ from torch import Tensor
 import vmae_kernels as ours
 from vmae.mae import IMAGENET_MEAN as MEAN
 from vmae.mae import IMAGENET_STD as STD
+from vmae_kernels.layer_norm import layer_norm as rounded_layer_norm
 from vmae_kernels.linear import linear as layer
+from vmae_kernels.mlp import mlp as fused_mlp
 from vmae_kernels.philox import normals
 
 CUDA = DEVICE == "cuda"
@@ -289,6 +291,40 @@ def linear(frames: int, dtype: torch.dtype) -> Case:
     return Case(tensors, contestants, flops=(products, 2 * products), tolerance=rounding(dtype))
 
 
+def mlp(frames: int, dtype: torch.dtype) -> Case:
+    """As autocast has it, too."""
+    rows, width = tokens_of(frames)[1], 768
+    shapes = (4 * width, width), (4 * width,), (width, 4 * width), (width,)
+    weights = [rand(*shape, seed=seed) / shape[-1] ** 0.5 for seed, shape in enumerate(shapes)]
+    weights = [x.detach().requires_grad_() for x in weights]
+
+    def written(x: Tensor, *weights: Tensor) -> Tensor:
+        first, first_bias, second, second_bias = (w.to(dtype) for w in weights)
+        return F.linear(F.gelu(F.linear(x, first, first_bias)), second, second_bias)
+
+    products = 4 * rows * width * 4 * width
+    return Case(
+        [rand(1, rows, width, seed=4, dtype=dtype), *weights], {"ours": fused_mlp, "casts, F.linear, F.gelu": written},
+        flops=(products, 2 * products), tolerance=rounding(dtype),
+    )  # fmt: skip
+
+
+def layer_norm(frames: int, dtype: torch.dtype) -> Case:
+    """Of float32, for a layer that takes another dtype."""
+    rows, width = tokens_of(frames)[1], 768
+    n = rows * width
+
+    def mine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with torch.autocast(DEVICE, dtype):
+            return rounded_layer_norm(x, weight, bias, 1e-6)
+
+    def written(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (width,), weight, bias, 1e-6).to(dtype)
+
+    tensors = [rand(1, rows, width), rand(width, seed=1), rand(width, seed=2)]
+    return Case(tensors, {"ours": mine, "F.layer_norm, cast": written}, (6 * n, 10 * n), tolerance=rounding(dtype))
+
+
 def fsq(frames: int, dtype: torch.dtype) -> Case:
     n = tokens_of(frames)[0]
     half, offset = 3.5035, 0.5
@@ -316,7 +352,10 @@ OPERATIONS: dict[Callable[[int, torch.dtype], Case], list[torch.dtype]] = {
     attention: DTYPES,
     attention_kv_indices: DTYPES,
     attention_varlen: DTYPES,
-    linear: [] if CUDA else DTYPES[:-1],  # elsewhere it is PyTorch's
+    # Elsewhere they are PyTorch's.
+    linear: [] if CUDA else DTYPES[:-1],
+    mlp: [] if CUDA else DTYPES[:-1],
+    layer_norm: [] if CUDA else DTYPES[:-1],
 }
 POINTS = [
     pytest.param(operation, frames, dtype, id=f"{operation.__name__}-{frames}-{str(dtype)[6:]}", marks=marks)

@@ -1,7 +1,8 @@
 // Linear layers as products of AMX tiles, in squares of 2 x 2 of them.
 //
 // The right operand is packed first, whole, by all threads, in panels of 32 columns. Then 32 rows at a time of the left
-// one, read where they lie if they can be, pass by as many panels as fit the second cache.
+// one, read where they lie if they can be, pass by as many panels as fit the second cache, in parts of their depth that
+// fit the first.
 #include "amx_linear.h"
 
 #include "amx.h"
@@ -20,6 +21,8 @@ namespace {
 constexpr int64_t kStep = kRows * kDepth;  // numbers of a left or right tile
 constexpr int64_t kSide = 2 * kRows;       // of the squares of 2 x 2 result tiles
 constexpr int64_t kGroup = 1 << 19;        // numbers of panels that stay in the second cache
+constexpr int64_t kNear = 8;               // steps of depth whose rows and panel stay in the first cache
+constexpr int64_t kDeep = 64;              // steps beyond which going through rows in parts costs more than it saves
 constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kLongest = 64 * kDepth;  // tokens that are summed at a time, so that the operands' copies stay small
 
@@ -111,13 +114,14 @@ void multiply_all(const Left& left, const Right& right, Finish finish, Ahead ahe
   const int64_t steps = ceil_div(left.depth, kDepth), panel = steps * 2 * kStep;
   const int64_t panels = ceil_div(right.count, kSide), squares = ceil_div(left.count, kSide);
   const int64_t groups = ceil_div(panels, std::max<int64_t>(kGroup / panel, 1)), group = ceil_div(panels, groups);
+  const int64_t parts = steps > kDeep ? 1 : ceil_div(steps, kNear);
   const auto packed = pack_all(right);
   const auto turned = Left::deep ? pack_all(left) : nullptr;  // once: to transpose costs more than to copy rows
   parallel(groups * squares, [&](int64_t begin, int64_t end) {
     Tiles tiles;
     tiles.configure(kRows, kDepth);
     const auto copy = buffer<uint16_t>(panel);
-    alignas(64) float square[kSide * kSide];
+    const auto sums = buffer<float>((parts > 1 ? group : 1) * kSide * kSide);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % squares * kSide, last = std::min((i / squares + 1) * group, panels);
       const uint16_t* rows = turned.get() + i % squares * panel;
@@ -128,15 +132,21 @@ void multiply_all(const Left& left, const Right& right, Finish finish, Ahead ahe
         for (int64_t s = 0; s < steps; ++s) left.pack(first, s * kDepth, copy.get() + s * 2 * kStep);
         rows = copy.get();
       }
-      for (int64_t p = i / squares * group; p < last; ++p) {
-        const uint16_t* columns = packed.get() + p * panel;
-        ahead(first, p * kSide);
-        fence();
-        zero_tiles<2, 2>();
-        multiply<2, 2>(rows, rows + kRows * row, row * 2, step, columns, columns + kStep, 2 * kStep, steps);
-        store_tiles<2, 2>(square, 2 * kTile, kTile);
-        fence();
-        finish(first, p * kSide, square);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t from = steps * part / parts, count = steps * (part + 1) / parts - from;
+        float* square = sums.get();
+        for (int64_t p = i / squares * group; p < last; ++p) {
+          const uint16_t* columns = packed.get() + p * panel + from * 2 * kStep;
+          if (part == parts - 1) ahead(first, p * kSide);
+          fence();
+          part ? load_tiles<2, 2>(square, 2 * kTile, kTile) : zero_tiles<2, 2>();
+          multiply<2, 2>(rows + from * step, rows + kRows * row + from * step, row * 2, step, columns, columns + kStep,
+                         2 * kStep, count);
+          store_tiles<2, 2>(square, 2 * kTile, kTile);
+          fence();
+          if (part == parts - 1) finish(first, p * kSide, square);
+          if (parts > 1) square += kSide * kSide;
+        }
       }
     }
   });

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _csrc
-from ._library import compiled, ops, register, register_composite
+from ._library import compiled, in_huge_pages, ops, register, register_composite
 from .reference import bfloat16_on_cpu
 
 
@@ -51,6 +51,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tenso
         y, mean, scale = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
         return y.bfloat16(), torch.cat((mean, scale), -1)
     y, stats = _fake_forward(x, weight, bias, eps)
+    in_huge_pages(y)
     _csrc.ops.layer_norm(*_rows(y, stats, x), weight.contiguous(), bias.contiguous(), eps)
     return y, stats
 
@@ -63,6 +64,7 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> tuple[
             grad.float(), x, weight.shape, mean, scale, weight, weight, [True] * 3
         )
     dx, dweight, dbias = _fake_gradients(grad, x, weight, stats)
+    in_huge_pages(dx)
     rows = _rows(dx, grad, x, stats)
     _csrc.ops.layer_norm_backward(rows[0], dweight, dbias, *rows[1:3], weight.contiguous(), rows[3])
     return dx, dweight, dbias

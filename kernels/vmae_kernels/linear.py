@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _csrc
-from ._library import compiled, ops, register, register_composite
+from ._library import compiled, in_huge_pages, ops, register, register_composite
 from .reference import bfloat16_on_cpu
 
 
@@ -68,7 +68,7 @@ def rows_of(x: Tensor) -> Tensor:
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not compiled_for(weight, bias):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    y = _fake_forward(x, weight, bias)
+    y = in_huge_pages(_fake_forward(x, weight, bias))
     whole = None if bias is None else bias.contiguous()
     _csrc.ops.linear(y.view(-1, len(weight)), None, rows_of(x), rows_of(weight), whole)
     return y
@@ -77,7 +77,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     if not compiled_for(weight):
         return grad @ weight.to(grad.dtype)
-    dx = _fake_input_gradient(grad, weight)
+    dx = in_huge_pages(_fake_input_gradient(grad, weight))
     _csrc.ops.linear_input_gradient(dx.view(-1, weight.shape[1]), rows_of(grad), rows_of(weight))
     return dx
 

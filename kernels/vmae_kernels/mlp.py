@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _csrc
-from ._library import ops, register, register_composite
+from ._library import in_huge_pages, ops, register, register_composite
 from .linear import compiled_for, keep_for_backward, linear, linear_backward, parameter_gradients, rows_of
 from .reference import bfloat16_on_cpu
 
@@ -52,7 +52,7 @@ def _first(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     if not compiled_for(weight, bias):
         before = ops.linear_cpu(x, weight, bias)
         return before, F.gelu(before)
-    before, activated = _fake_first(x, weight, bias)
+    before, activated = (in_huge_pages(y) for y in _fake_first(x, weight, bias))
     results = (y.view(-1, len(weight)) for y in (before, activated))
     _csrc.ops.linear(*results, rows_of(x), rows_of(weight), bias.contiguous())
     return before, activated
@@ -67,7 +67,7 @@ def _gelu_gradient(grad: Tensor, weight: Tensor, before: Tensor) -> tuple[Tensor
     before = before.contiguous()
     if not compiled_for(weight):
         return torch.ops.aten.gelu_backward(ops.linear_cpu_input_gradient(grad, weight), before), F.gelu(before)
-    dbefore, activated = _fake_gelu_gradient(grad, weight, before)
+    dbefore, activated = (in_huge_pages(y) for y in _fake_gelu_gradient(grad, weight, before))
     results = (y.view(-1, weight.shape[1]) for y in (dbefore, activated))
     _csrc.ops.linear_gelu_gradient(*results, rows_of(grad), rows_of(weight), before)
     return dbefore, activated
