@@ -139,8 +139,26 @@ void attend(const AmxAttention& s, const Keys& keys, const uint16_t* q, float* o
     const uint16_t* left = keys.rows.get() + (first + t) * kDepth * depth;
     if (first + t < pairs) multiply_pair(left, q, depth, step, scores[buffer] + t * kPair);
   };
-  for (int64_t t = 0; t < most; ++t)
+  __m512 largest[2];  // of the scores of the coming block, looked at while they are in the first cache
+  auto look = [&](int64_t first, int64_t t, int buffer) {
+    const float* x = scores[buffer] + t * kPair;
+    const int64_t all = std::min(s.keys - (first + t) * kDepth, kDepth);
+    for (int64_t j = 0; j < 2; ++j) {
+      __m512 other = largest[j];
+      for (int64_t key = 0; key < all; key += 2) {
+        const float* at = x + key / 16 * 2 * kTile + j * kTile + key % 16 * kColumns;
+        largest[j] = _mm512_max_ps(_mm512_load_ps(at), largest[j]);
+        if (key + 1 < all) other = _mm512_max_ps(_mm512_load_ps(at + kColumns), other);
+      }
+      largest[j] = _mm512_max_ps(other, largest[j]);
+    }
+  };
+  for (auto& x : largest) x = _mm512_set1_ps(-kInfinity);
+  for (int64_t t = 0; t < most; ++t) {
     for (int64_t step = 0; step < steps; ++step) product(0, t, step, 0);
+    fence();
+    look(0, t, 0);
+  }
 
   for (int64_t first = 0; first < pairs; first += most, current ^= 1) {
     const int64_t count = std::min(most, pairs - first), valid = s.keys - first * kDepth;
@@ -150,14 +168,8 @@ void attend(const AmxAttention& s, const Keys& keys, const uint16_t* q, float* o
     };
     __m512 shift[2];
     for (int64_t j = 0; j < 2; ++j) {
-      __m512 most_of[2] = {_mm512_set1_ps(-kInfinity), _mm512_set1_ps(-kInfinity)};
-      const int64_t all = std::min(valid, count * kDepth);
-      for (int64_t key = 0; key + 1 < all; key += 2) {
-        most_of[0] = _mm512_max_ps(row(j, key), most_of[0]);
-        most_of[1] = _mm512_max_ps(row(j, key + 1), most_of[1]);
-      }
-      if (all % 2) most_of[0] = _mm512_max_ps(row(j, all - 1), most_of[0]);
-      __m512 next = _mm512_mul_ps(factor, _mm512_max_ps(most_of[0], most_of[1]));
+      __m512 next = _mm512_mul_ps(factor, largest[j]);
+      largest[j] = _mm512_set1_ps(-kInfinity);
       next = _mm512_max_ps(next, maximum[j]);
       // Where no key has counted yet, any finite number will do.
       __mmask16 none = _mm512_cmp_ps_mask(next, _mm512_set1_ps(-kInfinity), _CMP_EQ_OQ);
@@ -192,6 +204,8 @@ void attend(const AmxAttention& s, const Keys& keys, const uint16_t* q, float* o
         product(first + most, t, step, current ^ 1);
         for (int64_t i = 16 * step / steps; i < 16 * (step + 1) / steps; ++i) weigh(2 * i);
       }
+      fence();
+      look(first + most, t, current ^ 1);
     }
     fence();
     for (int64_t d = 0; d < depth / kRows; d += 2) {
