@@ -175,7 +175,7 @@ struct Gelu {
   explicit Gelu(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.f);
     const __m512 e = exp2_of(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f * kLog2E)));
-    // erfc(|x| / sqrt 2) / 2 is e times a polynomial of t = 1 / (1 + 0.376 |x|), here fitted to 3e-5 of it up to |x| = 13.
+    // erfc(|x| / sqrt 2) / 2 is e times a polynomial of t = 1 / (1 + 0.376 |x|), fitted to 3e-5 of it up to |x| = 13.
     const __m512 z = _mm512_min_ps(_mm512_abs_ps(x), _mm512_set1_ps(100.f));  // of infinity the next lines make NaN
     const __m512 s = _mm512_fmadd_ps(z, _mm512_set1_ps(0.375755055f), one);
     __m512 t = _mm512_rcp14_ps(s), p = _mm512_set1_ps(-0.0911914915f);

@@ -35,7 +35,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     known = all(t.is_cpu and t.dtype == torch.float32 for t in (x, weight, bias))
-    fits = x.ndim > 0 and x.shape[-1:] == weight.shape == bias.shape
+    fits = x.ndim > 0 and x.shape[-1:] == weight.shape == bias.shape and len(weight) > 0
     if known and fits and bfloat16_on_cpu(x):
         return ops.layer_norm_cpu(x, weight, bias, eps)[0]
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
