@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import amx
-from test_linear import BF16, FP32, rand, ways
+from test_linear import AT_THE_END, BF16, FP32, in_a_process, rand, ways
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmae_kernels.mlp import mlp
@@ -120,6 +120,29 @@ def test_any_strides(monkeypatch):
     split = run([given[0].view(2, 5, 7, 40), *given[1:]], grad.view(2, 5, 7, 37))
     assert split[0].shape == (2, 5, 7, 37)
     assert all(torch.equal(a.view(b.shape), b) for a, b in zip(split, wanted, strict=True))
+
+
+NOTHING_BEHIND = f"""
+{AT_THE_END}
+from vmae_kernels.mlp import mlp
+
+for rows, inputs, hidden, outputs in ((33, 64, 64, 64), (40, 33, 50, 33), (5, 47, 18, 9)):
+    results = []
+    for place in (at_the_end, lambda x: x):
+        torch.manual_seed(0)
+        shapes = (rows, inputs), (hidden, inputs), (hidden,), (outputs, hidden), (outputs,)
+        x, *weights = (torch.randn(shape) for shape in shapes)
+        given = [place(t.requires_grad_()) for t in (x.bfloat16(), *weights)]
+        grad, before = (place(torch.randn(rows, n).bfloat16()) for n in (outputs, hidden))
+        results.append(torch.autograd.grad(mlp(*given), given, grad))
+        results[-1] += torch.ops.vmae_kernels.mlp_cpu_gelu_gradient(grad, given[3].detach(), before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+"""
+
+
+@amx
+def test_nothing_behind_an_operand_is_read():
+    in_a_process(NOTHING_BEHIND)
 
 
 @ways
