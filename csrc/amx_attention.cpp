@@ -139,7 +139,7 @@ void attend(const AmxAttention& s, const Keys& keys, const uint16_t* q, float* o
     const uint16_t* left = keys.rows.get() + (first + t) * kDepth * depth;
     if (first + t < pairs) multiply_pair(left, q, depth, step, scores[buffer] + t * kPair);
   };
-  __m512 largest[2];  // of the scores of the coming block, looked at while they are in the first cache
+  __m512 largest[2];  // of the scores up to the coming block, looked at while they are in the first cache
   auto look = [&](int64_t first, int64_t t, int buffer) {
     const float* x = scores[buffer] + t * kPair;
     const int64_t all = std::min(s.keys - (first + t) * kDepth, kDepth);
@@ -169,7 +169,6 @@ void attend(const AmxAttention& s, const Keys& keys, const uint16_t* q, float* o
     __m512 shift[2];
     for (int64_t j = 0; j < 2; ++j) {
       __m512 next = _mm512_mul_ps(factor, largest[j]);
-      largest[j] = _mm512_set1_ps(-kInfinity);
       next = _mm512_max_ps(next, maximum[j]);
       // Where no key has counted yet, any finite number will do.
       __mmask16 none = _mm512_cmp_ps_mask(next, _mm512_set1_ps(-kInfinity), _CMP_EQ_OQ);

@@ -238,6 +238,21 @@ def test_gradients_of_what_is_computed_again(cheap):
     assert torch.autograd.gradgradcheck(function, given)
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_what_is_computed_again_is_so_under_the_same_autocast(enabled):
+    seen = []
+
+    class Cheap(nn.Module):
+        def forward(self, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return 2 * x
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        y = mae._recomputed(Cheap(), nn.Linear(6, 5), torch.randn(3, 6, requires_grad=True))
+    y.sum().backward()
+    assert seen == [enabled, enabled]
+
+
 def test_norms_gradients_under_autocast():
     # On CPUs PyTorch adds up a norm's gradient in its input's precision: in bfloat16 4 to 20 % off with so many tokens.
     model, grid = make(budget=0.75), (64, 4, 4)
