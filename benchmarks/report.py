@@ -306,6 +306,7 @@ def draw(found: dict[str, Any], results: Path) -> dict[str, str]:
         for place, row in enumerate(reversed(rows)):
             axes.text(100 * row["share_of_limit"], place, f" {row['speedup']:.2f} x", va="center", fontsize=6)
         axes.tick_params(labelsize=6)
+        axes.margins(x=0.08, y=0.01)
         axes.set(title="share of the device's limit; times the best other", xlabel="% of copies or products")
         save("kernels", figure)
     return plots

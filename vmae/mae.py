@@ -121,7 +121,10 @@ class MLP(nn.Sequential):
         super().__init__(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return mlp(x, *self.parameters())
+        first: Any
+        last: Any
+        first, _, last = self
+        return mlp(x, first.weight, first.bias, last.weight, last.bias)
 
 
 def _recomputed(cheap: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
