@@ -173,6 +173,8 @@ inline void transpose(__m512i* r) {
 
 inline __m512 to_float(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
+constexpr float kLog2E = 1.44269504f;
+
 // 2^x to 9e-5 of it, which rounding to bfloat16 hides; exact where x is whole.
 inline __m512 exp2_of(__m512 x) {
   __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -184,7 +186,7 @@ inline __m512 exp2_of(__m512 x) {
 
 // exp of y between -104 and 104, to about one unit in the last place: 2^n * a polynomial on half a binade about 1.
 inline __m512 exp_of(__m512 y) {
-  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), y);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
   __m512 e = _mm512_set1_ps(1.f / 720);

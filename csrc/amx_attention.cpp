@@ -28,7 +28,7 @@ constexpr int64_t kStep = kRows * kDepth;                    // numbers of a lef
 constexpr int64_t kForwardKeys = 256, kForwardQueries = 32;  // of a block; multiples of 32, as below
 constexpr int64_t kBackwardKeys = 256, kBackwardQueries = 256;
 constexpr int64_t kUnits = 6;  // wanted of the backward, for threads to share
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 using Input = Rows<const uint16_t>;

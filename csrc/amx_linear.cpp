@@ -23,7 +23,6 @@ constexpr int64_t kSide = 2 * kRows;       // of the squares of 2 x 2 result til
 constexpr int64_t kGroup = 1 << 19;        // numbers of panels that stay in the second cache
 constexpr int64_t kNear = 8;               // steps of depth whose rows and panel stay in the first cache
 constexpr int64_t kDeep = 64;              // steps beyond which going through rows in parts costs more than it saves
-constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kLongest = 64 * kDepth;  // tokens that are summed at a time, so that the operands' copies stay small
 
 // 16 or 32 numbers as bfloat16, of which there are `count`; the others are zeros.

@@ -91,39 +91,37 @@ AmxLinear linear_sizes(const Tensor& x, const Tensor& y) {
   return {x.size(0), x.size(1), y.size(1)};
 }
 
-bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
-
-// `bias` has the weight's dtype.
-template <class T>
-void linear(const Tensor& y, const std::optional<Tensor>& activated, const Tensor& x, const Tensor& weight,
-            const std::optional<Tensor>& bias) {
-  amx_linear(linear_sizes(x, y), matrix<uint16_t>(x), matrix<T>(weight),
-             bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, data(y), data(activated));
+// call(weight), as a matrix of what it is made of.
+template <class F>
+void with_weight(const Tensor& weight, F call) {
+  if (weight.scalar_type() == torch::headeronly::ScalarType::Float)
+    call(matrix<float>(weight));
+  else
+    call(matrix<uint16_t>(weight));
 }
 
+// `bias` has the weight's dtype.
 void linear_cpu(Tensor y, const std::optional<Tensor> activated, const Tensor x, const Tensor weight,
                 const std::optional<Tensor> bias) {
-  is_float(weight) ? linear<float>(y, activated, x, weight, bias) : linear<uint16_t>(y, activated, x, weight, bias);
+  with_weight(weight, [&](auto w) {
+    const auto* b = bias ? static_cast<decltype(w.data)>(bias->data_ptr()) : nullptr;
+    amx_linear(linear_sizes(x, y), matrix<uint16_t>(x), w, b, data(y), data(activated));
+  });
 }
 
 void linear_input_gradient_cpu(Tensor dx, const Tensor dy, const Tensor weight) {
-  const AmxLinear sizes = linear_sizes(dx, dy);
-  if (is_float(weight))
-    amx_linear_input_gradient(sizes, matrix<uint16_t>(dy), matrix<float>(weight), data(dx));
-  else
-    amx_linear_input_gradient(sizes, matrix<uint16_t>(dy), matrix<uint16_t>(weight), data(dx));
+  with_weight(weight, [&](auto w) {
+    amx_linear_input_gradient(linear_sizes(dx, dy), matrix<uint16_t>(dy), w, data(dx));
+  });
 }
 
 // `before` has no gaps.
 void linear_gelu_gradient_cpu(Tensor dbefore, Tensor activated, const Tensor dy, const Tensor weight,
                               const Tensor before) {
-  const AmxLinear sizes = linear_sizes(dbefore, dy);
-  if (is_float(weight))
-    amx_linear_gelu_gradient(sizes, matrix<uint16_t>(dy), matrix<float>(weight), data(before), data(dbefore),
+  with_weight(weight, [&](auto w) {
+    amx_linear_gelu_gradient(linear_sizes(dbefore, dy), matrix<uint16_t>(dy), w, data(before), data(dbefore),
                              data(activated));
-  else
-    amx_linear_gelu_gradient(sizes, matrix<uint16_t>(dy), matrix<uint16_t>(weight), data(before), data(dbefore),
-                             data(activated));
+  });
 }
 
 void linear_weight_gradient_cpu(Tensor dweight, const std::optional<Tensor> dbias, const Tensor dy, const Tensor x) {

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import amx
-from test_linear import AT_THE_END, BF16, FP32, in_a_process, rand, ways
+from test_linear import AT_THE_END, BF16, FP32, in_a_process, rand, same_on_any_number_of_threads, turned, ways
 
 from vmae_kernels.layer_norm import layer_norm
 
@@ -78,15 +78,7 @@ def test_rows_that_do_not_vary(way, monkeypatch):
 def test_the_same_bits_on_any_number_of_threads(monkeypatch):
     monkeypatch.setenv("VMAE_KERNELS", "csrc")
     given, grad = operands(1000, 100)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            results.append(run(given, grad))
-    finally:
-        torch.set_num_threads(threads)
-    for others in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+    same_on_any_number_of_threads(lambda: run(given, grad))
 
 
 @ways
@@ -94,9 +86,6 @@ def test_any_strides(way, monkeypatch):
     monkeypatch.setenv("VMAE_KERNELS", way)
     (x, weight, bias), grad = operands(70, 40)
     wanted = run([x, weight, bias], grad)
-
-    def turned(x):
-        return x.t().contiguous().t()
 
     found = run([turned(x), weight.repeat(2, 1).t().flatten()[::2], bias[None].expand(3, -1)[1]], turned(grad))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -33,6 +33,29 @@ def run(given, grad):
     return y.detach(), *torch.autograd.grad(y, given, grad)
 
 
+def same_on_any_number_of_threads(function):
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(function())
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+def amid(x):
+    """A view amid NaN, so that a stray read would show."""
+    room = torch.full([n + 6 for n in x.shape], torch.nan, dtype=x.dtype)
+    return room[tuple(slice(3, 3 + n) for n in x.shape)].copy_(x)
+
+
+def turned(x):
+    """The numbers of a row do not lie side by side."""
+    return x.t().contiguous().t()
+
+
 def check(given, grad, way):
     """Against what rounded operands give, with a bound for each number; the extension rounds no bias and no gradient
     of weights."""
@@ -78,29 +101,13 @@ def test_blocks_and_groups(sizes, monkeypatch):
 def test_the_same_bits_on_any_number_of_threads(monkeypatch):
     monkeypatch.setenv("VMAE_KERNELS", "csrc")
     given, grad = operands(300, 1600, 700)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            results.append(run(given, grad))
-    finally:
-        torch.set_num_threads(threads)
-    for others in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+    same_on_any_number_of_threads(lambda: run(given, grad))
 
 
 @amx
 def test_any_strides(monkeypatch):
-    """Views amid NaN, so that a stray read would show, and rows that do not lie side by side."""
     monkeypatch.setenv("VMAE_KERNELS", "csrc")
     given, grad = operands(2 * 35, 40, 37)
-
-    def amid(x):
-        room = torch.full([n + 6 for n in x.shape], torch.nan, dtype=x.dtype)
-        return room[tuple(slice(3, 3 + n) for n in x.shape)].copy_(x)
-
-    def turned(x):
-        return x.t().contiguous().t()
 
     def same(some, others):
         return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))

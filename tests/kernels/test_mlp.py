@@ -6,10 +6,21 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import amx
-from test_linear import AT_THE_END, BF16, FP32, in_a_process, rand, ways
+from test_linear import AT_THE_END, BF16, FP32, amid, in_a_process, rand, same_on_any_number_of_threads, turned, ways
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmae_kernels.mlp import mlp
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def operands(rows, inputs, hidden, outputs, dtype=FP32):
@@ -93,15 +104,7 @@ def test_gelu_of_every_number(monkeypatch):
 def test_the_same_bits_on_any_number_of_threads(monkeypatch):
     monkeypatch.setenv("VMAE_KERNELS", "csrc")
     given, grad = operands(300, 100, 1600, 70)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            results.append(run(given, grad))
-    finally:
-        torch.set_num_threads(threads)
-    for others in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+    same_on_any_number_of_threads(lambda: run(given, grad))
 
 
 @amx
@@ -110,11 +113,7 @@ def test_any_strides(monkeypatch):
     given, grad = operands(2 * 35, 40, 50, 37)
     wanted = run(given, grad)
 
-    def amid(x):
-        room = torch.full([n + 6 for n in x.shape], torch.nan, dtype=x.dtype)
-        return room[tuple(slice(3, 3 + n) for n in x.shape)].copy_(x)
-
-    for change in (amid, lambda x: x.t().contiguous().t()):
+    for change in (amid, turned):
         results = run([amid(x) if x.ndim == 1 else change(x) for x in given], change(grad))
         assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
     split = run([given[0].view(2, 5, 7, 40), *given[1:]], grad.view(2, 5, 7, 37))
@@ -155,6 +154,17 @@ def test_only_some_gradients(way, wanted, monkeypatch):
         given[i].requires_grad_()
     found = torch.autograd.grad(mlp(*given), [given[i] for i in wanted], grad)
     assert all(torch.equal(a, every[i]) for a, i in zip(found, wanted, strict=True))
+
+
+@ways
+def test_no_zeros_are_made_for_what_has_no_gradient(way, monkeypatch):
+    monkeypatch.setenv("VMAE_KERNELS", way)
+    given, grad = operands(20, 30, 50, 40)
+    y = mlp(*(x.requires_grad_() for x in given))
+    with Operations() as seen:
+        y.backward(grad)
+    assert seen.names
+    assert not [name for name in seen.names if "zero" in name or "fill" in name]
 
 
 @ways
