@@ -238,6 +238,19 @@ def test_gradients_of_what_is_computed_again(cheap):
     assert torch.autograd.gradgradcheck(function, given)
 
 
+def test_what_an_mlp_keeps_is_not_taken_for_its_weight():
+    torch.manual_seed(0)
+    layer, norm = mae.MLP(6), nn.LayerNorm(6)
+    x = torch.randn(6, 6, requires_grad=True)  # what its GELU is taken of has as many numbers as the first weight
+    given = [x, *layer.parameters(), *norm.parameters()]
+    results = []
+    for of in (mae._recomputed, mae._kept):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            y = of(norm, layer, x)
+        results.append(torch.autograd.grad(y.float().square().sum(), given))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_what_is_computed_again_is_so_under_the_same_autocast(enabled):
     seen = []
